@@ -1,0 +1,1012 @@
+"""PPO, model-free and inside a learned world model, from the first line to the last.
+
+    python ppo_mbrl.py --mode ppo                   PPO in the real environment (Schulman et al., 2017)
+    python ppo_mbrl.py --mode simple --seed 3       PPO in the dreams of a learned model (SimPLe: Kaiser et al., 2020, Algorithm 1)
+    python ppo_mbrl.py --mode mpc                   no policy: plan through the learned model (PETS: Chua et al., 2018)
+    python ppo_mbrl.py evaluate RUN_DIR --gif landing.gif
+
+Read it top to bottom: settings, real environments, agent, PPO, the three training loops, evaluation, run folder, pictures, command line.
+The model itself is in `world_model.py`. To try an idea: `cp ppo_mbrl.py my_idea.py`, change it, run it; the diff is the idea.
+
+Shapes: T time, N environments or dreams, O observation, A actions, B minibatch. `truncated` is a time-out: the value goes on after it.
+"""
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from world_model import Dream, ModelSettings, Normaliser, Replay, Rollout, UsageError, WorldModel, draw_diagnosis, fit, measure, plan, setting, settings_command, trusted_horizon
+
+# ------------------------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass(kw_only=True)
+class Settings(ModelSettings):
+    """Every setting of a run. Flags, `config.json`, `--help` and the run's name all come from here and from ModelSettings."""
+
+    mode: Literal["ppo", "simple", "mpc"] = setting("simple", "PPO in the real environment, PPO in dreams, or planning.", panel="Run", identity=False)
+    seed: int = setting(0, "Decides everything random.", 0, 2**63 - 1, "Run", identity=False)
+    env_id: str = setting("LunarLander-v3", "Any Gymnasium environment with a flat Box observation and Discrete actions.", panel="Run", identity=False)
+    total_steps: int = setting(20_000, "Real steps of the whole run.", 1, 10**12, "Run", identity=False, ppo=1_000_000, mpc=5_000)
+    run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
+    config: str = setting("", "A JSON file of settings, such as a config.json; flags go before it.", panel="Run", identity=False)
+    eval_every: int = setting(500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False, ppo=25_000, mpc=2_500)
+    fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
+    device: str = setting("cpu", "Where to compute, such as cpu or cuda.", panel="Run", identity=False)
+    threads: int = setting(1, "Threads of torch; small networks are fastest with one.", 1, 4096, "Run", identity=False)
+    tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
+
+    num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
+    num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
+    warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
+    gather_temperatures: str = setting("0.3,1,2.5", "Each real episode that feeds the model is acted at one of these temperatures, drawn anew.", panel="Real environment")
+
+    gamma: float = setting(0.99, "Discount.", 0, 1, "PPO", ppo=0.999)
+    gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
+    lr: float = setting(3e-4, "Adam's learning rate.", 1e-8, 1, "PPO")
+    epochs: int = setting(3, "Passes over each rollout.", 1, 10_000, "PPO", ppo=4)
+    minibatch: int = setting(2048, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
+    entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
+    value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
+    max_grad_norm: float = setting(0.5, "Gradients are clipped to this global norm.", 1e-9, 1e9, "PPO")
+    temperature: float = setting(1.0, "Divides the logits of the policy that is being trained, where it acts and in the ratio alike.", 1e-3, 1e3, "PPO")
+    temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
+    hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
+
+    rounds: int = setting(10, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
+    dreams: int = setting(500, "Dreams side by side.", 1, 10**7, "Dreams")
+    horizon: int = setting(60, "Imagined steps of each dream in an update; 0 lets the held-out open-loop error decide.", 0, 100_000, "Dreams")
+    horizon_max: int = setting(100, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
+    horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
+    realign: int = setting(0, "After so many imagined steps a dream goes on from a real state; 0: never.", 0, 100_000, "Dreams")
+    beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
+    rare: float = setting(0.3, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
+
+    plan_horizon: int = setting(12, "Steps the planner looks ahead.", 1, 10_000, "Planning (--mode mpc)")
+    plan_candidates: int = setting(48, "Action sequences tried in each round.", 2, 10**6, "Planning (--mode mpc)")
+    plan_rounds: int = setting(2, "Rounds of the cross-entropy method.", 1, 1000, "Planning (--mode mpc)")
+
+    @classmethod
+    def resolve(cls, given: dict) -> "Settings":
+        """Defaults of the mode, then the --config file, then flags: resolved here and nowhere else."""
+        known = {f.name: f for f in fields(cls)}
+        file = read_settings_file(given["config"], known) if given.get("config") else {}
+        chosen = file | given
+        mode = chosen.get("mode", known["mode"].default)
+        return cls(**{name: f.metadata["modes"][mode] for name, f in known.items() if mode in f.metadata["modes"]} | chosen)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.beginnings + self.rare > 1:
+            raise UsageError(f"--beginnings and --rare are shares of the same dreams: {self.beginnings:g} + {self.rare:g} is more than 1.")
+        self.temperatures()
+
+    def temperatures(self) -> list[float]:
+        with contextlib.suppress(ValueError):
+            values = [float(x) for x in self.gather_temperatures.split(",")]
+            if all(1e-3 <= x <= 1e3 for x in values):
+                return values
+        raise UsageError(f"--gather-temperatures must be numbers between 0.001 and 1000 with commas between them, not {self.gather_temperatures!r}.")
+
+    def folder(self) -> Path:
+        """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
+        if self.run_dir:
+            return Path(self.run_dir)
+        usual = Settings.resolve(dict(mode=self.mode))
+        differs = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.metadata["identity"] and getattr(self, f.name) != getattr(usual, f.name)]
+        return Path("runs", self.env_id.replace("/", "_"), "_".join([self.mode, *differs]), f"seed_{self.seed}")
+
+
+def read_settings_file(path: str, known: dict) -> dict:
+    try:
+        file = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} can't be read as JSON: {error}.")
+    if not isinstance(file, dict):
+        raise UsageError(f"--config {path} must hold one JSON object of settings.")
+    for name in file.keys() - known.keys():
+        import difflib
+
+        near = difflib.get_close_matches(name, known, 1)
+        raise UsageError(f"--config {path} has an unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------- real environments
+
+
+def make_env(env_id: str, **kwargs) -> gym.Env:
+    """One environment, or a UsageError that says why it can't be used here."""
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"Environment {env_id!r} can't be made: {str(error).strip() or type(error).__name__}")
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or not isinstance(action, gym.spaces.Discrete):
+        raise UsageError(f"Environment {env_id!r} does not fit: it needs a flat Box observation and Discrete actions, and has {obs} and {action}.")
+    return env
+
+
+class Environments:
+    """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
+
+    `obs` (N, O) is where they are and `first` (N) whether an episode just began; `step` returns the true successors. Any moment, also in the
+    midst of episodes, can be saved: it is the random state before the last reset and the actions since.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int):
+        self.envs = [make_env(env_id) for _ in range(num_envs)]
+        self.past = [None] * num_envs  # random state before the reset, actions since
+        for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
+            env.reset(seed=int(stream))
+        self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
+        self.lowest = int(self.envs[0].action_space.start)
+        self.obs = torch.stack([self.begin(i) for i in range(num_envs)])
+        self.first = torch.ones(num_envs, dtype=torch.bool)
+
+    def begin(self, i: int) -> Tensor:
+        self.past[i] = (self.envs[i].unwrapped.np_random.bit_generator.state, [])
+        return torch.as_tensor(self.envs[i].reset()[0], dtype=torch.float32)
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
+        obs, rewards, terminated, truncated = [], [], [], []
+        for env, past, action in zip(self.envs, self.past, actions.tolist()):
+            o, r, ended, cut, _ = env.step(action + self.lowest)
+            past[1].append(action)
+            obs.append(o), rewards.append(r), terminated.append(ended), truncated.append(cut and not ended)
+        next_obs = torch.as_tensor(np.array(obs, dtype=np.float32))
+        terminated, truncated = torch.tensor(terminated), torch.tensor(truncated)
+        self.first = terminated | truncated
+        self.obs = next_obs.clone()
+        for i in self.first.nonzero()[:, 0].tolist():
+            self.obs[i] = self.begin(i)
+        return torch.tensor(rewards, dtype=torch.float32), next_obs, terminated, truncated
+
+    def state_dict(self) -> dict:
+        return dict(past=[list(past) for past in self.past], first=self.first)
+
+    def load_state_dict(self, state: dict):
+        self.first = state["first"]
+        for i, (random_state, actions) in enumerate(state["past"]):
+            env = self.envs[i]
+            env.unwrapped.np_random.bit_generator.state = random_state
+            self.obs[i] = self.begin(i)
+            for action in actions:
+                self.obs[i] = torch.as_tensor(env.step(action + self.lowest)[0], dtype=torch.float32)
+            self.past[i] = (random_state, list(actions))
+
+
+# --------------------------------------------------------------------------------------------------------------------- agent
+
+
+def mlp(size_in: int, hidden: int, size_out: int, last_gain: float) -> nn.Sequential:
+    """Two tanh layers and a linear one, orthogonal weights, zero biases."""
+    net = nn.Sequential(nn.Linear(size_in, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, size_out))
+    for layer, gain in zip(net[::2], (math.sqrt(2), math.sqrt(2), last_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return net
+
+
+class Agent(nn.Module):
+    """A stochastic policy and a value function over the same normalised observation."""
+
+    def __init__(self, obs_dim: int, num_actions: int, hidden: int):
+        super().__init__()
+        self.normaliser = Normaliser(obs_dim)
+        self.actor = mlp(obs_dim, hidden, num_actions, last_gain=0.01)
+        self.critic = mlp(obs_dim, hidden, 1, last_gain=1.0)
+
+    def logprobs(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """(..., O) -> log-probabilities of all actions (..., A)."""
+        return (self.actor(self.normaliser(obs)) / temperature).log_softmax(-1)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """(..., O) -> (...)."""
+        return self.critic(self.normaliser(obs))[..., 0]
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """(N, O) -> sampled actions (N). The index of the smallest Exp(1) / p is a sample of p."""
+        logprobs = self.logprobs(obs, temperature)
+        return (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
+
+    @torch.no_grad()
+    def greedy(self, obs: Tensor) -> Tensor:
+        return self.actor(self.normaliser(obs.to(self.normaliser.mean.device))).argmax(-1)
+
+
+class ReturnScale(nn.Module):
+    """Running standard deviation of the discounted return; rewards are divided by it (Engstrom et al., 2020, section 3)."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma = gamma
+        self.register_buffer("running", torch.zeros(num_envs, dtype=torch.float64))  # each environment's discounted return so far
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares
+
+    def update(self, rollout: Rollout):
+        for reward, over in zip(rollout.rewards, rollout.terminated | rollout.truncated):
+            self.running = self.gamma * self.running + reward
+            self.moments += torch.stack([torch.ones_like(self.running), self.running, self.running**2]).sum(1)
+            self.running = self.running * ~over
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        count, total, squares = self.moments.tolist()
+        variance = squares / count - (total / count) ** 2
+        return rewards / max(math.sqrt(max(variance, 0)), 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- PPO
+
+
+def collect(env, act, num_steps: int, tick=lambda: None) -> Rollout:
+    """`num_steps` steps of `env`, an Environments or a Dream, with actions act(obs)."""
+    rows = []
+    for _ in range(num_steps):
+        obs, action = env.obs, act(env.obs)
+        reward, next_obs, terminated, truncated = env.step(action)
+        rows.append(Rollout(obs, action, reward, next_obs, terminated, truncated))
+        tick()
+    return Rollout(*(torch.stack(column) for column in zip(*rows)))
+
+
+def compute_gae(rollout: Rollout, values: Tensor, next_values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al., 2016, eq. 16): advantages and returns, (T, N) each.
+
+    values and next_values (T, N) belong to obs and next_obs. Endings have no future; time-outs do, but it is not in this rollout.
+    """
+    delta = rollout.rewards + gamma * next_values * ~rollout.terminated - values
+    goes_on = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
+    advantages, advantage = torch.empty_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage = delta[t] + goes_on[t] * advantage
+        advantages[t] = advantage
+    return advantages, advantages + values
+
+
+def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: Settings, temperature: float = 1.0) -> tuple[Tensor, dict]:
+    """Clipped surrogate, value error and entropy bonus (Schulman et al., 2017, eq. 7 and 9) on a minibatch, every argument (B, ...)."""
+    logprobs = agent.logprobs(obs, temperature)
+    logratio = logprobs.gather(-1, actions[:, None])[:, 0] - old_logprobs
+    ratio = logratio.exp()
+    advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    policy_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - s.clip, 1 + s.clip)).mean()
+    value_loss = (agent.value(obs) - returns).square().mean() / 2
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - logratio).mean()  # Schulman (2020), k3
+        clip_fraction = ((ratio - 1).abs() > s.clip).float().mean()
+    info = {"ppo/approx_kl": approx_kl, "ppo/entropy": entropy.detach(), "ppo/clip_fraction": clip_fraction, "ppo/value_loss": value_loss.detach()}
+    return policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy, info
+
+
+def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, s: Settings, temperature: float = 1.0) -> dict[str, float]:
+    """One PPO update on a rollout whose actions were drawn from `agent` at `temperature`. Returns means over all minibatches."""
+    with torch.no_grad():
+        logprobs = agent.logprobs(rollout.obs, temperature).gather(-1, rollout.actions[..., None])[..., 0]
+        values, next_values = agent.value(rollout.obs), agent.value(rollout.next_obs)
+        advantages, returns = compute_gae(rollout, values, next_values, s.gamma, s.gae_lambda)
+    batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)]
+    size, infos = len(batch[0]), []
+    for _ in range(s.epochs):
+        for index in torch.randperm(size, device=batch[0].device).split(s.minibatch):
+            loss, info = ppo_loss(agent, *(x[index] for x in batch), s, temperature)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
+            optimizer.step()
+            infos.append(torch.stack(list(info.values())))
+    means = dict(zip(info, torch.stack(infos).mean(0).tolist()))
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
+    return means | {"ppo/explained_variance": 1 - float(unexplained)}
+
+
+# ------------------------------------------------------------------------------------------------------- the training loops
+
+
+def train_ppo(run: "Run"):
+    """PPO in the real environment (Schulman et al., 2017, Algorithm 1)."""
+    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
+    agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
+    scale = ReturnScale(s.num_envs, s.gamma)
+    run.begin(agent.greedy, policy=agent, parts=dict(agent=agent, optimizer=optimizer, scale=scale, env=env))
+
+    while run.goes_on():
+        temperature = run.temperature()
+        with run.phase("acting"):
+            rollout = collect(env, lambda obs: agent.act(obs.to(s.device), temperature).cpu(), run.steps_left(s.num_steps), run.tick)
+            run.real_steps += rollout.actions.numel()
+        scale.update(rollout)
+        with run.phase("learning"):
+            scaled = Rollout(*(x.to(s.device) for x in rollout._replace(rewards=scale(rollout.rewards))))
+            log = ppo_update(agent, optimizer, scaled, s, temperature)
+        run.end_iteration(log)
+
+
+def train_simple(run: "Run"):
+    """SimPLe (Kaiser et al., 2020, Algorithm 1): gather, fit, improve the policy in dreams, repeat."""
+    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
+    agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
+    model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
+    model_optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
+    replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
+    scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s.temperatures(), s.device)
+    parts = dict(agent=agent, optimizer=optimizer, model=model, model_optimizer=model_optimizer, replay=replay, scale=scale, explorer=explorer, env=env)
+    run.begin(agent.greedy, policy=agent, parts=parts)
+
+    while run.goes_on():  # line 2: while not done
+        with run.phase("gathering"):  # lines 3 and 4: collect observations from the real environment
+            rollout = gather(run, env, explorer.act, replay)
+            scale.update(rollout)
+        with run.phase("fitting"):  # line 5: update the model on all of them
+            log = fit(model, model_optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
+            agent.normaliser.load_state_dict(model.obs_scale.state_dict())
+        with run.phase("dreaming"):  # line 6: improve the policy inside the model
+            log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
+        run.end_iteration(log)
+
+
+def dream_and_improve(run: "Run", agent: Agent, optimizer: torch.optim.Optimizer, model: WorldModel, replay: Replay, scale: ReturnScale) -> dict:
+    """`rounds` PPO updates, each on new dreams. No real step is taken. Returns means over the rounds."""
+    s, temperature = run.settings, run.temperature()
+    horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
+    dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, s.realign), []
+    for _ in range(s.rounds):
+        dream.reset()
+        rollout = collect(dream, lambda obs: agent.act(obs, temperature), horizon, run.tick)
+        run.imagined_steps += rollout.actions.numel()
+        log = ppo_update(agent, optimizer, rollout._replace(rewards=scale(rollout.rewards)), s, temperature)
+        logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
+    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon}
+
+
+def fates(rollout: Rollout) -> dict[str, float]:
+    """How dreams fare: their undiscounted return, and the shares that end well, end badly, or are still alive when the rollout is over."""
+    over = rollout.terminated | rollout.truncated
+    dreams = rollout.rewards.shape[1] + int(over[:-1].sum())
+    good, bad = (rollout.terminated & (rollout.rewards > 0)).sum(), (rollout.terminated & (rollout.rewards <= 0)).sum()
+    shares = dict(return_mean=rollout.rewards.sum(), positive_end_share=good, negative_end_share=bad, alive_share=(~over[-1]).sum())
+    return {f"dream/{name}": float(value) / dreams for name, value in shares.items()}
+
+
+def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
+    """Adds real steps to the replay; the first ones, when nothing is known yet, at random."""
+    if len(replay):
+        rollout = collect(env, act, run.steps_left(run.settings.num_steps), run.tick)
+    else:
+        steps = run.steps_left(math.ceil(run.settings.warmup_steps / run.settings.num_envs))
+        rollout = collect(env, lambda obs: torch.randint(env.num_actions, (len(obs),)), steps, run.tick)
+    run.real_steps += rollout.actions.numel()
+    replay.add(rollout)
+    return rollout
+
+
+class Explorer(nn.Module):
+    """The agent in the real environment: at the start of each episode it draws how hot it acts."""
+
+    def __init__(self, agent: Agent, env: Environments, temperatures: list[float], device: str):
+        super().__init__()
+        self.agent, self.env, self.device = [agent], env, device  # a list, so that the agent is not saved twice
+        self.register_buffer("choices", torch.tensor(temperatures), persistent=False)
+        self.register_buffer("temperature", torch.ones(len(env.obs), 1))
+
+    def act(self, obs: Tensor) -> Tensor:
+        drawn = self.choices[torch.randint(len(self.choices), self.temperature.shape)]
+        self.temperature = torch.where(self.env.first[:, None], drawn, self.temperature)
+        return self.agent[0].act(obs.to(self.device), self.temperature.to(self.device)).cpu()
+
+
+def train_mpc(run: "Run"):
+    """Planning instead of a policy (Chua et al., 2018, Algorithm 1): gather with the planner, fit, repeat. Each plan starts without memory."""
+    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
+    model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
+    replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
+    planner = functools.partial(plan_actions, model, s)
+    run.begin(planner, policy=model, parts=dict(model=model, optimizer=optimizer, replay=replay, env=env))
+
+    while run.goes_on():
+        with run.phase("gathering"):
+            gather(run, env, planner, replay)
+        with run.phase("fitting"):
+            log = fit(model, optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
+        run.end_iteration(log)
+
+
+def plan_actions(model: WorldModel, s: Settings, obs: Tensor) -> Tensor:
+    """(N, O) -> planned actions (N)."""
+    obs = obs.to(s.device)
+    hidden = obs.new_zeros(model.members, len(obs), model.memory.size)
+    return plan(model, obs, hidden, s.plan_horizon, s.plan_candidates, s.plan_rounds, s.gamma).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Scores(NamedTuple):
+    returns: np.ndarray  # (n,) undiscounted
+    lengths: np.ndarray  # (n,) steps
+    timeouts: np.ndarray  # (n,) bool
+
+    def row(self) -> dict[str, float]:
+        return {
+            "eval/return_mean": float(self.returns.mean()),
+            "eval/return_std": float(self.returns.std()),
+            "eval/length_mean": float(self.lengths.mean()),
+            "eval/timeout_share": float(self.timeouts.mean()),
+            "eval/episodes": len(self.returns),
+        }
+
+
+def play(act, env_id: str, episodes: int, seed: int, tick=lambda: None, frames: list | None = None) -> Scores:
+    """Plays one episode on each of the environment seeds seed, seed + 1, ...; act(obs (n, O)) -> actions (n). `frames` collects pictures of the first."""
+    envs = evaluation_envs(env_id, episodes) if frames is None else [make_env(env_id, render_mode="rgb_array") for _ in range(episodes)]
+    obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+    returns, lengths, timeouts, alive = np.zeros(episodes), np.zeros(episodes, int), np.zeros(episodes, bool), list(range(episodes))
+    while alive:
+        actions = act(torch.as_tensor(np.array([obs[i] for i in alive], dtype=np.float32))).tolist()
+        if frames is not None and 0 in alive:
+            frames.append(envs[0].render())
+        still = []
+        for i, action in zip(alive, actions):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action + int(envs[i].action_space.start))
+            returns[i] += reward
+            lengths[i] += 1
+            timeouts[i] = truncated and not terminated
+            if not (terminated or truncated):
+                still.append(i)
+        alive = still
+        tick()
+    return Scores(returns, lengths, timeouts)
+
+
+@functools.lru_cache(maxsize=2)
+def evaluation_envs(env_id: str, episodes: int) -> list[gym.Env]:
+    return [make_env(env_id) for _ in range(episodes)]
+
+
+def outcome(evaluations: list[float], final: float, threshold: float, random: float) -> str:
+    """'solved', 'collapsed', 'stuck' or 'other', from the evaluation means over the run, the final score and the random policy's."""
+    curve = np.array(evaluations)
+    if final >= threshold:
+        return "solved"
+    smooth = np.convolve(curve, np.ones(3) / 3, "valid") if len(curve) >= 3 else curve
+    fall = (np.maximum.accumulate(smooth) - smooth).max()
+    if fall >= 150 and smooth.max() >= curve[0] + 100 and smooth[-1] <= smooth.max() - 100:
+        return "collapsed"
+    last = curve[-max(2, len(curve) // 4) :]
+    return "stuck" if final >= random + 100 and np.ptp(last) <= 100 else "other"
+
+
+# ---------------------------------------------------------------------------------------------------------------- run folder
+
+
+class Diverged(Exception):
+    """A number stopped being finite; the run ends with exit status 3."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to leave; the argument is its number."""
+
+
+def write_atomically(path: Path, data: bytes):
+    """The file is the old one or the new one, never half of either, whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def pack(tree, tensors: dict, name: str = ""):
+    """Moves the tensors of a nested dict or list into `tensors`, under dotted names; what is left can be written as JSON."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {str(key): pack(value, tensors, f"{name}.{key}".lstrip(".")) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [pack(value, tensors, f"{name}.{i}") for i, value in enumerate(tree)]
+    return tree
+
+
+def unpack(tree, tensors: dict):
+    if isinstance(tree, dict) and tree.keys() == {"tensor"}:
+        return tensors[tree["tensor"]]
+    if isinstance(tree, dict):
+        return {int(key) if key.isdigit() else key: unpack(value, tensors) for key, value in tree.items()}
+    return [unpack(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+class Run:
+    """One run and its folder: counts steps, logs, evaluates, saves after every iteration, and goes on from there when started again.
+
+    All that happens between two saves follows from the first of them, so an interrupted iteration is simply done again, bit for bit.
+    """
+
+    def __init__(self, settings: Settings, view: "View"):
+        self.settings, self.view, self.folder = settings, view, settings.folder()
+        self.real_steps = self.imagined_steps = self.iteration = 0
+        self.steps_to_solve = None
+        self.wall, self.cpu, self.signal = time.perf_counter(), time.process_time(), None
+        self.threshold = gym.spec(settings.env_id).reward_threshold
+        self.threshold = 200.0 if self.threshold is None else self.threshold
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        try:
+            (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+            self.claim()
+        except OSError as error:
+            raise UsageError(f"Run folder {self.folder} can't be used: {error.strerror or error}.")
+        self.board = tensorboard(self.folder) if settings.tensorboard else None
+
+    def claim(self):
+        """Makes the folder this run's, or refuses it if a run with other settings is in it."""
+        path = self.folder / "config.json"
+        if self.settings.fresh:
+            for old in [*self.folder.glob("checkpoint/*"), *(self.folder / name for name in ("metrics.jsonl", "summary.json", "config.json"))]:
+                old.unlink(missing_ok=True)
+        if path.exists():
+            try:
+                old = json.loads(path.read_text())
+                old = {key: old[key] for key in asdict(self.settings)}
+            except (ValueError, KeyError, TypeError):
+                raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
+            free = {f.name for f in fields(Settings) if not f.metadata["identity"]} - {"mode", "env_id", "seed"}
+            differs = [f"{key} was {old[key]!r} and is now {new!r}" for key, new in asdict(self.settings).items() if key not in free and old[key] != new]
+            if differs:
+                raise UsageError(f"{self.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh to delete it.")
+        write_atomically(path, json.dumps(asdict(self.settings), indent=1).encode())
+        write_atomically(self.folder / "env.json", json.dumps(surroundings(self.settings), indent=1).encode())
+
+    # --- what the training loops call
+
+    def begin(self, act, policy: nn.Module, parts: dict):
+        """`act` is what is evaluated, `policy` the module behind it, `parts` all that has a state. Goes on from the newest good checkpoint."""
+        self.act, self.module, self.parts = act, policy, parts
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        restored = self.restore()
+        self.finished_before = restored and not self.goes_on() and (self.folder / "summary.json").exists()
+        if not self.finished_before:
+            self.view.start(self)
+            (self.folder / "summary.json").unlink(missing_ok=True)
+        if not restored:
+            self.log(self.evaluation())
+
+    def goes_on(self) -> bool:
+        return self.real_steps < self.settings.total_steps
+
+    def steps_left(self, steps: int) -> int:
+        """So many steps of each environment, or as many as the run still has."""
+        return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
+
+    def temperature(self) -> float:
+        s = self.settings
+        return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * self.real_steps / s.total_steps
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        self.view.phase(name)
+        yield
+
+    def tick(self):
+        """Called in every long loop: leaves if a signal has asked for it."""
+        if self.signal:
+            raise Interrupted(self.signal)
+        self.view.tick(self)
+
+    def end_iteration(self, log: dict):
+        """Logs the iteration, evaluates if it is time to, and saves."""
+        self.iteration += 1
+        bad = [name for name, value in log.items() if value is not None and not math.isfinite(value)]
+        if bad:
+            raise Diverged(f"not finite after {self.real_steps} real steps: {', '.join(bad)}")
+        s = self.settings
+        evaluated = self.evaluated // s.eval_every != self.real_steps // s.eval_every or not self.goes_on()
+        self.log(log | (self.evaluation() if evaluated else {}))
+        self.save()
+
+    # --- evaluating and logging
+
+    def evaluation(self) -> dict:
+        """Greedy, 20 episodes to follow progress and 100 once these average the threshold. Nothing depends on it but the log."""
+        with self.phase("evaluating"):
+            scores = play(self.act, self.settings.env_id, 20, 10_000, self.tick)
+            if scores.returns.mean() >= self.threshold:
+                scores = play(self.act, self.settings.env_id, 100, 10_000, self.tick)
+                if scores.returns.mean() >= self.threshold and self.steps_to_solve is None:
+                    self.steps_to_solve = self.real_steps
+        self.evaluated = self.real_steps
+        return scores.row()
+
+    def log(self, row: dict):
+        row = dict(iteration=self.iteration, real_steps=self.real_steps, imagined_steps=self.imagined_steps, **self.clocks()) | row
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self.board:
+            for name, value in row.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, self.real_steps)
+        self.view.row(self, row)
+
+    def clocks(self) -> dict:
+        return dict(wall_s=round(time.perf_counter() - self.wall, 3), cpu_s=round(time.process_time() - self.cpu, 3))
+
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    # --- saving and going on
+
+    COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve", "evaluated"
+
+    def save(self):
+        """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. The last two are kept."""
+        tree = {name: part.state_dict() for name, part in self.parts.items()} | {"random": torch.get_rng_state()}
+        tree |= {name: getattr(self, name) for name in self.COUNTERS} | self.clocks() | {"metrics_bytes": (self.folder / "metrics.jsonl").stat().st_size}
+        if torch.cuda.is_available():
+            tree["random_cuda"] = torch.cuda.get_rng_state_all()
+        tensors = {}
+        state = json.dumps(pack(tree, tensors))
+        data = save(tensors, {"state": state})
+        stem = self.folder / "checkpoint" / f"{self.iteration:08d}"
+        write_atomically(stem.with_suffix(".safetensors"), data)
+        write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest(), real_steps=self.real_steps)).encode())
+        policy = {name: x.cpu().contiguous() for name, x in self.module.state_dict().items() if not name.startswith("critic")}
+        write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id, "mode": self.settings.mode}))
+        kept = sorted(stem.parent.glob("*.json"))[-2:]
+        for old in stem.parent.iterdir():
+            if old.with_suffix(".json") not in kept:
+                old.unlink()
+
+    def restore(self) -> bool:
+        """Goes on from the newest checkpoint whose SHA-256 is right; False if there is none at all."""
+        found = sorted((self.folder / "checkpoint").glob("*.json"), reverse=True)
+        for path in found:
+            state = read_checkpoint(path)
+            if state is None:
+                self.view.say(f"Checkpoint {path.with_suffix('.safetensors')} is damaged; trying the one before it.")
+                continue
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            for name in self.COUNTERS:
+                setattr(self, name, state[name])
+            torch.set_rng_state(state["random"])
+            if torch.cuda.is_available() and "random_cuda" in state:
+                torch.cuda.set_rng_state_all(state["random_cuda"])
+            self.wall -= state["wall_s"]
+            self.cpu -= state["cpu_s"]
+            with open(self.folder / "metrics.jsonl", "r+b") as file:
+                file.truncate(state["metrics_bytes"])  # rows of an iteration that was not finished
+            return True
+        if found:
+            raise UsageError(f"Every checkpoint in {self.folder} is damaged; --fresh deletes them and begins anew.")
+        (self.folder / "metrics.jsonl").write_text("")
+        return False
+
+    def summarise(self, status: str, final: Scores | None = None) -> dict:
+        s, evaluations = self.settings, [row["eval/return_mean"] for row in self.rows() if "eval/return_mean" in row]
+        summary = dict(status=status, mode=s.mode, env_id=s.env_id, seed=s.seed, real_steps=self.real_steps, imagined_steps=self.imagined_steps)
+        summary |= dict(steps_to_solve=self.steps_to_solve, final_return_mean=None, final_return_std=None, final_episodes=0)
+        summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False, **self.clocks())
+        if final is not None:
+            random = play(random_actions(s), s.env_id, 100, 20_000, self.tick).returns.mean()
+            mean = float(final.returns.mean())
+            summary |= dict(final_return_mean=mean, final_return_std=float(final.returns.std()), final_episodes=len(final.returns))
+            summary |= dict(outcome=outcome(evaluations, mean, self.threshold, random), hovering=bool(final.timeouts.mean() >= 0.5))
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1).encode())
+        return summary
+
+    def finish(self) -> dict:
+        """The final score, the summary, the pictures."""
+        with self.phase("final evaluation"):
+            summary = self.summarise("finished", play(self.act, self.settings.env_id, 100, 20_000, self.tick))
+        with self.phase("drawing"):
+            draw_training(self.rows(), self.threshold, self.folder / "training.png")
+            if "model" in self.parts:
+                draw_diagnosis(self.parts["model"], self.parts["replay"], self.folder)
+        return summary
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second time: leave at once
+
+
+def read_checkpoint(path: Path) -> dict | None:
+    """The state behind a checkpoint's .json, or None if either file is damaged. Nothing in it is ever executed."""
+    try:
+        data = path.with_suffix(".safetensors").read_bytes()
+        if json.loads(path.read_text())["sha256"] != hashlib.sha256(data).hexdigest():
+            return None
+        with safe_open(path.with_suffix(".safetensors"), "pt") as file:
+            return unpack(json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in file.keys()})
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def surroundings(s: Settings) -> dict:
+    """Versions, commit and machine, for env.json."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
+    machine = dict(platform=platform.platform(), cpu=(cpu or [platform.processor()])[0], cores=os.cpu_count(), threads=s.threads, device=s.device)
+    return dict(python=platform.python_version(), **versions, commit=commit.stdout.strip() or None, **machine)
+
+
+def random_actions(s: Settings):
+    """A policy that draws actions uniformly, from a stream of its own."""
+    num_actions, rng = int(make_env(s.env_id).action_space.n), np.random.default_rng(0)
+    return lambda obs: torch.as_tensor(rng.integers(num_actions, size=len(obs)))
+
+
+def tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs one more package: pip install tensorboard==2.21.0")
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- live view
+
+
+class View:
+    """What the user sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+
+    SHOWN = {
+        "real steps": "real_steps", "imagined steps": "imagined_steps", "evaluation": "eval/return_mean", "episode length": "eval/length_mean",
+        "time-outs": "eval/timeout_share", "model error, 1 step": "wm/error_1step", "open loop": "wm/error_openloop", "dream return": "dream/return_mean",
+        "dreams ending well": "dream/positive_end_share", "ending badly": "dream/negative_end_share", "alive": "dream/alive_share",
+        "disagreement": "dream/disagreement", "KL": "ppo/approx_kl", "entropy": "ppo/entropy", "explained variance": "ppo/explained_variance",
+    }  # fmt: skip
+
+    def __init__(self):
+        self.console, self.newest, self.live, self.now = Console(), {}, None, ""
+
+    def say(self, sentence: str):
+        self.console.print(sentence, highlight=False, soft_wrap=True)
+
+    def start(self, run: Run):
+        self.say(f"{run.settings.mode} on {run.settings.env_id}, seed {run.settings.seed}, in {run.folder}" + (f", from real step {run.real_steps}" if run.real_steps else ""))
+        columns = TextColumn("{task.fields[now]:<16}"), BarColumn(None), TextColumn("{task.completed:,}/{task.total:,} real steps"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()  # fmt: skip
+        self.progress = Progress(*columns, console=self.console, speed_estimate_period=300)
+        self.bar = self.progress.add_task("", total=run.settings.total_steps, completed=run.real_steps, now="", rate="")
+        self.began, self.from_steps = time.perf_counter(), run.real_steps
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, get_renderable=self.render, refresh_per_second=4)
+            self.live.start()
+
+    def render(self):
+        table = Table.grid(padding=(0, 3))
+        cells = [f"[dim]{label}[/dim] {number(self.newest[name])}" for label, name in self.SHOWN.items() if self.newest.get(name) is not None]
+        for i in range(0, len(cells), 3):
+            table.add_row(*cells[i : i + 3])
+        return Group(self.progress, table)
+
+    def phase(self, name: str):
+        self.now = name
+
+    def tick(self, run: Run):
+        if self.live:
+            rate = (run.real_steps - self.from_steps) / max(time.perf_counter() - self.began, 1e-9)
+            self.progress.update(self.bar, completed=run.real_steps, now=self.now, rate=f"{rate:,.0f}/s")
+
+    def row(self, run: Run, row: dict):
+        self.newest |= row
+        if not self.console.is_terminal:
+            left = (run.settings.total_steps - run.real_steps) * row["wall_s"] / max(run.real_steps, 1)
+            shown = [f"{name} {number(row[name])}" for name in self.SHOWN.values() if row.get(name) is not None]
+            self.say(f"{100 * run.real_steps / run.settings.total_steps:3.0f} %, {left:,.0f} s left | " + "  ".join(shown))
+
+    def stop(self):
+        if self.live:
+            self.live.stop()
+
+
+def number(x: float) -> str:
+    return f"{x:,}" if isinstance(x, int) else f"{x:.3g}" if abs(x) < 100 else f"{x:,.0f}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ pictures
+
+
+def draw_training(rows: list[dict], threshold: float, path: Path):
+    """Returns and losses over real steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def curve(axis, name, label=None):
+        points = [(row["real_steps"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points), label=label or name.split("/")[1].replace("_", " "))
+
+    def legend(axis, title):
+        axis.set_title(title), axis.set_xlabel("real steps")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+
+    in_dreams = any("dream/return_mean" in row for row in rows)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    evaluated = [row for row in rows if "eval/return_mean" in row]
+    x, mean, std = (np.array([row[name] for row in evaluated]) for name in ("real_steps", "eval/return_mean", "eval/return_std"))
+    axes[0, 0].plot(x, mean, label="evaluation, greedy")
+    axes[0, 0].fill_between(x, mean - std, mean + std, alpha=0.2)
+    axes[0, 0].axhline(threshold, color="gray", linestyle=":", label="solved")
+    legend(axes[0, 0], "return")
+    for name in ("ppo/value_loss", "wm/loss_reward", "wm/loss_ending"):
+        curve(axes[0, 1], name, name)
+    axes[0, 1].set_yscale("log")
+    legend(axes[0, 1], "losses")
+    for name in ("ppo/entropy", "ppo/explained_variance", "ppo/clip_fraction"):
+        curve(axes[1, 0], name)
+    legend(axes[1, 0], "policy")
+    for name in ("dream/positive_end_share", "dream/negative_end_share", "dream/alive_share") if in_dreams else ("eval/timeout_share",):
+        curve(axes[1, 1], name)
+    legend(axes[1, 1], "dreams" if in_dreams else "episodes cut by the time limit")
+    if any(row.get("wm/error_openloop") is not None for row in rows):
+        twin = axes[1, 1].twinx()
+        curve(twin, "wm/error_openloop")
+        twin.lines[0].set_color("black")
+        twin.set_ylabel("open-loop error (black)")
+        twin.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_gif(frames: list[np.ndarray], path: Path):
+    """Every third frame at half size: a landing is about half a megabyte."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame).reduce(2).convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames[::3]]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=60, loop=0, optimize=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- command line
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+TRAIN = dict(ppo=train_ppo, simple=train_simple, mpc=train_mpc)
+
+
+@app.callback(invoke_without_command=True)
+@settings_command(Settings)
+def train(ctx: typer.Context, given: dict):
+    """Trains PPO in the real environment, or inside a world model learned from it.
+
+    The same command again resumes an interrupted run, or says that it is finished. Everything is written to the run folder: [bold]summary.json[/bold],
+    [bold]metrics.jsonl[/bold], [bold]policy.safetensors[/bold], pictures and checkpoints. A GIF of the result: [bold]python ppo_mbrl.py evaluate RUN_DIR --gif landing.gif[/bold]
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    settings, view = Settings.resolve(given), View()
+    make_env(settings.env_id).close()
+    check_device(settings.device)
+    run = Run(settings, view)
+    summary_file = run.folder / "summary.json"
+    try:
+        TRAIN[settings.mode](run)
+        if run.finished_before:
+            summary = json.loads(summary_file.read_text())
+            view.say(f"This run is finished already; raise --total-steps to go on, or begin anew with --fresh. ({summary_file})")
+        else:
+            summary = run.finish()
+        view.stop()
+        view.say(f"{summary['outcome']}: final score {summary['final_return_mean']:.1f} +- {summary['final_return_std']:.1f} over {summary['final_episodes']} episodes after {summary['real_steps']:,} real steps; see {run.folder}")
+    except Diverged as error:
+        view.stop()
+        run.summarise("diverged")
+        view.say(f"Diverged: {error}. The last good checkpoint is kept in {run.folder}.")
+        raise typer.Exit(3)
+    except Interrupted as stop:
+        view.stop()
+        run.signal = None
+        run.summarise("interrupted")
+        view.say(f"Interrupted and saved; the same command goes on from here. ({run.folder})")
+        raise typer.Exit(128 + stop.args[0])
+    finally:
+        view.stop()
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    episodes: Annotated[int, typer.Option(min=1, max=100_000, help="Episodes, one on each environment seed from --seed on.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="First environment seed.")] = 20_000,
+    gif: Annotated[Optional[Path], typer.Option(help="Also record the first episode here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+):
+    """Plays a trained policy greedily and prints its score."""
+    settings, act = load_policy(run_dir)
+    frames = [] if gif else None
+    scores = play(act, settings.env_id, episodes, seed, frames=frames)
+    if gif:
+        try:
+            save_gif(frames, gif)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"The GIF can't be written to {gif}: {error}.")
+    result = dict(run_dir=str(run_dir), env_id=settings.env_id, seed=seed, episodes=episodes, return_mean=float(scores.returns.mean()), return_std=float(scores.returns.std()), length_mean=float(scores.lengths.mean()), timeout_share=float(scores.timeouts.mean()), returns=scores.returns.tolist())  # fmt: skip
+    if as_json:
+        print(json.dumps(result))
+    else:
+        View().say(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {episodes} episodes of {result['length_mean']:.0f} steps; {100 * result['timeout_share']:.0f} % ran into the time limit")
+
+
+def load_policy(run_dir: Path):
+    """The settings of a run and its newest policy as act(obs (n, O)) -> actions (n)."""
+    try:
+        settings = Settings(**json.loads((run_dir / "config.json").read_text()))
+        tensors = load_file(run_dir / "policy.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UsageError(f"{run_dir} holds no policy that can be read: {error}.")
+    torch.set_num_threads(settings.threads)
+    env = make_env(settings.env_id)
+    sizes = env.observation_space.shape[0], int(env.action_space.n)
+    settings.device = "cpu"
+    policy = WorldModel(*sizes, settings) if settings.mode == "mpc" else Agent(*sizes, settings.hidden)
+    try:
+        missing, unexpected = policy.load_state_dict(tensors, strict=False)
+        if unexpected or any(not name.startswith("critic") for name in missing):
+            raise RuntimeError("tensors are missing or unknown")
+    except RuntimeError as error:
+        raise UsageError(f"The policy in {run_dir} does not fit its settings: {error}")
+    return settings, functools.partial(plan_actions, policy, settings) if settings.mode == "mpc" else policy.greedy
+
+
+def check_device(device: str):
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} can't be used here: {str(error).splitlines()[0]}")
+
+
+def main(app=app):
+    """Runs a command line: bad input is one sentence and status 2, a failing disk one sentence and status 1."""
+    try:
+        app()
+    except UsageError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"Error: a file could not be read or written: {error}. The last complete checkpoint is kept.", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,709 @@
+"""A learned world model: an ensemble that imagines what an environment would do.
+
+The model learns p(next_obs, reward, ending | obs, action) from replayed episodes and stands in for the real environment: `Dream` answers
+to the same `step` as the real one, `plan` searches through it. It knows nothing of policies, PPO or training loops; those are in
+`ppo_mbrl.py`, which imports this file. Run by itself it fits a fresh model to a run's data and says where that model is wrong:
+
+    python world_model.py runs/LunarLander-v3/simple/seed_3 --wm-target ode
+
+Shapes: T time, N environments or dreams, E members, B batch, L window, O observation, A actions, F = O + A features, H memory.
+Errors of the dynamics are always in standard deviations of the change of each observation from one step to the next.
+"""
+import dataclasses
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Optional, get_args
+
+import torch
+import torch.nn.functional as F
+import typer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------------------------ settings
+
+
+class UsageError(Exception):
+    """Bad input, told in one sentence; the command line turns it into exit status 2."""
+
+
+def setting(default, help: str, low: float = -math.inf, high: float = math.inf, panel: str = "World model", identity: bool = True, **modes):
+    """One setting, declared once: default, sentence, bounds, help panel, defaults that differ by mode, and whether it names the run."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, panel=panel, identity=identity, modes=modes))
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Everything that shapes the model and its dreams. Raises UsageError when a value has the wrong type or is out of bounds."""
+
+    wm_target: Literal["direct", "delta", "ode"] = setting("delta", "What the network predicts: the next observation, its change, or a derivative that RK4 integrates.")
+    wm_likelihood: Literal["gaussian", "squared", "absolute"] = setting("gaussian", "Loss of the dynamics. Only gaussian learns, and dreams with, the environment's noise.")
+    wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
+    wm_hidden: int = setting(128, "Width of every hidden layer.", 1, 10_000)
+    wm_layers: int = setting(2, "Hidden layers of each network.", 1, 20)
+    wm_memory: Literal["none", "gru"] = setting("none", "What the model remembers of the episode so far.")
+    wm_memory_size: int = setting(32, "Units of the GRU.", 1, 10_000)
+    wm_memory_window: int = setting(16, "Steps a GRU is unrolled for in training and before a dream.", 2, 1000)
+    wm_heads: Literal["sa", "sas"] = setting("sas", "Reward and ending are predicted from (obs, action), or from (obs, action, next_obs).")
+    wm_ending: Literal["member", "mean", "agree"] = setting("mean", "Who decides that a dream ends: its own member, the mean of all members' logits, or the least convinced one (optimism).")
+    wm_binary: bool = setting(True, "Give observation columns that only ever hold 0 and 1 a Bernoulli head.")
+    wm_autoencoder: float = setting(1.0, "Weight of the denoising autoencoder's error in the uncertainty; needs --uncertainty autoencoder or both.", 0, 1e6)
+    wm_autoencoder_window: int = setting(4, "Steps of (obs, action) the autoencoder sees at once.", 1, 1000)
+    wm_autoencoder_noise: float = setting(0.1, "Standard deviation of the noise it learns to remove, in standard deviations of the data.", 1e-6, 100)
+    wm_lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1)
+    wm_weight_decay: float = setting(1e-5, "Decoupled weight decay.", 0, 1)
+    wm_batch: int = setting(256, "Real steps in a minibatch of each member.", 1, 1_000_000)
+    wm_updates: int = setting(300, "Gradient steps an iteration.", 0, 10_000_000)
+    wm_newest: int = setting(0, "Fit to the newest so many real steps of each environment only; 0 keeps everything.", 0, 1_000_000_000)
+    wm_holdout: int = setting(10, "Every so-manieth episode is held out to measure the model.", 2, 1_000_000)
+    wm_margin: float = setting(0.1, "Imagined observations are clipped to the range of the data plus this share of it.", 0, 1e6)
+    uncertainty: Literal["none", "ensemble", "autoencoder", "both"] = setting("ensemble", "Where a dream's uncertainty comes from.", panel="Dreams")
+    uncertainty_use: Literal["end", "penalise"] = setting("end", "Cut a dream where it grows uncertain, or subtract the uncertainty from the reward.", panel="Dreams")
+    uncertainty_limit: float = setting(3.0, "Dreams are cut above this uncertainty; 1 is the 95th percentile on real steps.", 0, 1e6, "Dreams")
+    uncertainty_penalty: float = setting(0.1, "Price of one unit of uncertainty, in standard deviations of the reward.", 0, 1e6, "Dreams")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, checked(f, getattr(self, f.name)))
+
+
+def checked(f: dataclasses.Field, value):
+    """`value` if it fits the setting `f`, else a UsageError that says what would."""
+    flag, low, high = "--" + f.name.replace("_", "-"), f.metadata["low"], f.metadata["high"]
+    choices = get_args(f.type)
+    if choices:
+        if value not in choices:
+            raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.")
+    elif f.type is float and type(value) is int:
+        value = float(value)
+    elif type(value) is not f.type:
+        raise UsageError(f"{flag} must be {dict(int='a whole number', float='a number', bool='true or false', str='text')[f.type.__name__]}, not {value!r}.")
+    if f.type in (int, float) and not low <= value <= high:  # `not <=` refuses NaN too
+        raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value:g}.")
+    return value
+
+
+def settings_command(cls):
+    """Decorator: turns a dataclass of settings into the options of a Typer command, which receives the ones given as a dict `given`."""
+
+    def option(f: dataclasses.Field) -> inspect.Parameter:
+        default = ", ".join([str(f.default)] + [f"{mode}: {value}" for mode, value in f.metadata["modes"].items()])
+        info = typer.Option(help=f.metadata["help"], rich_help_panel=f.metadata["panel"], show_default=default if f.default != "" else False)
+        return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[f.type], info])
+
+    def decorate(function):
+        own = [p for p in inspect.signature(function).parameters.values() if p.name != "given"]
+
+        def command(**kwargs):
+            mine = {p.name: kwargs.pop(p.name) for p in own}
+            return function(**mine, given={k: v for k, v in kwargs.items() if v is not None})
+
+        command.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [option(f) for f in dataclasses.fields(cls)])
+        command.__doc__ = function.__doc__
+        return command
+
+    return decorate
+
+
+# -------------------------------------------------------------------------------------------------------------------- replay
+
+
+class Rollout(NamedTuple):
+    """Steps of N environments, real or imagined, in order. `next_obs` is the true successor, never the first observation of a new episode."""
+
+    obs: Tensor  # (T, N, O)
+    actions: Tensor  # (T, N) int64
+    rewards: Tensor  # (T, N)
+    next_obs: Tensor  # (T, N, O)
+    terminated: Tensor  # (T, N) bool: the episode really ended
+    truncated: Tensor  # (T, N) bool: it was cut off; its value goes on
+
+
+class Replay:
+    """Everything seen so far, as one long Rollout. Whole episodes are held out, so that errors are measured on episodes never fitted."""
+
+    def __init__(self, num_envs: int, obs_dim: int, holdout: int, newest: int = 0, device="cpu"):
+        flags, numbers = torch.zeros(0, num_envs, dtype=torch.bool, device=device), torch.zeros(0, num_envs, device=device)
+        vectors = torch.zeros(0, num_envs, obs_dim, device=device)
+        self.steps = Rollout(vectors, numbers.long(), numbers, vectors, flags, flags)
+        self.holdout, self.newest = holdout, newest
+
+    def __len__(self) -> int:
+        return self.steps.actions.numel()
+
+    def add(self, rollout: Rollout):
+        """Appends a Rollout that goes on exactly where the last one stopped, and numbers its episodes."""
+        self.steps = Rollout(*(torch.cat([old, new.to(old.device)]) for old, new in zip(self.steps, rollout)))
+        began = (self.steps.terminated | self.steps.truncated).roll(1, 0)
+        began[0] = True
+        time = torch.arange(len(began), device=began.device)[:, None]
+        self.age = time - torch.where(began, time, 0).cummax(0).values  # (T, N) steps since the episode began
+        self.held_out = (began.cumsum(0) - 1) % self.holdout == min(2, self.holdout - 1)  # (T, N) the third episode is the first one held out
+        self.recent = (time >= len(began) - self.newest) if self.newest else torch.ones_like(began)
+
+    def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
+        """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
+        offset = torch.arange(-before, after, device=t.device).view(-1, *[1] * t.ndim)
+        index = (t + offset).clamp(0, len(self.age) - 1)
+        return Rollout(*(x[index, n] for x in self.steps)), self.age[index, n] == self.age[t, n] + offset
+
+    def state_dict(self) -> dict:
+        return self.steps._asdict()
+
+    def load_state_dict(self, state: dict):
+        self.add(Rollout(**state))
+
+    def sample(self, shape: tuple, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Random indices (t, n) of the given shape, uniform over the steps at which `where` (T, N) holds."""
+        t, n = where.nonzero(as_tuple=True)
+        pick = torch.randint(len(t), shape, device=t.device)
+        return t[pick], n[pick]
+
+    def spread(self, limit: int, where: Tensor) -> tuple[Tensor, Tensor]:
+        """At most `limit` indices (t, n), evenly spaced over the steps at which `where` holds: no randomness is used up by measuring."""
+        t, n = where.nonzero(as_tuple=True)
+        pick = torch.linspace(0, len(t) - 1, min(limit, len(t)), device=t.device).long()
+        return t[pick], n[pick]
+
+    def rare(self, binary: Tensor, reach: int) -> Tensor:
+        """(T, N): steps within `reach` of something rare: an ending, a flip of a binary column, a reward outside the central 99 %."""
+        low, high = quantiles(self.steps.rewards, 0.005, 0.995)
+        flip = ((self.steps.obs != self.steps.next_obs) & binary).any(-1)
+        event = self.steps.terminated | flip | (self.steps.rewards < low) | (self.steps.rewards > high)
+        return F.max_pool1d(event.T.float(), 2 * reach + 1, 1, reach).T > 0
+
+
+def quantiles(x: Tensor, *q: float) -> list[Tensor]:
+    """Quantiles by rank, for tensors of any size (torch.quantile stops at 16 million)."""
+    ranked = x.flatten().sort().values
+    return [ranked[round(p * (len(ranked) - 1))] for p in q]
+
+
+# ------------------------------------------------------------------------------------------------------------ building blocks
+
+
+class Normaliser(nn.Module):
+    """Shifts and scales the last dimension to mean 0 and standard deviation 1; constant columns are only shifted, columns in `keep` stay."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def fit(self, x: Tensor, keep: Tensor | None = None):
+        x = x.reshape(-1, len(self.mean)).double()
+        mean, std = x.mean(0), x.std(0, correction=0)
+        keep = torch.zeros_like(self.mean, dtype=torch.bool) if keep is None else keep
+        self.mean.copy_(torch.where(keep, 0, mean))
+        self.std.copy_(torch.where(keep | (std <= 1e-7 * (1 + mean.abs())), 1, std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
+class EnsembleLinear(nn.Module):
+    """E linear layers as one batched matrix product: (E, B, in) -> (E, B, out). Each member starts like torch.nn.Linear."""
+
+    def __init__(self, members: int, size_in: int, size_out: int):
+        super().__init__()
+        bound = 1 / math.sqrt(size_in)
+        self.weight = nn.Parameter(torch.empty(members, size_in, size_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, size_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def ensemble_mlp(members: int, size_in: int, hidden: int, layers: int, size_out: int) -> nn.Sequential:
+    """E multi-layer perceptrons with SiLU: (E, B, in) -> (E, B, out)."""
+    sizes = [size_in] + [hidden] * layers
+    blocks = [m for a, b in zip(sizes, sizes[1:]) for m in (EnsembleLinear(members, a, b), nn.SiLU())]
+    return nn.Sequential(*blocks, EnsembleLinear(members, sizes[-1], size_out))
+
+
+# A field maps an observation to a prediction; an integrator makes the next observation of it. The three targets differ in nothing else.
+def direct(field, obs: Tensor) -> Tensor:
+    """The field is the next observation itself."""
+    return field(obs)
+
+
+def delta(field, obs: Tensor) -> Tensor:
+    """The field is the change over one step: one Euler step of d obs / dt = field(obs)."""
+    return obs + field(obs)
+
+
+def rk4(field, obs: Tensor) -> Tensor:
+    """The field is d obs / dt, with the step as the unit of time: one classical Runge-Kutta step (Kutta, 1901)."""
+    k1 = field(obs)
+    k2 = field(obs + k1 / 2)
+    k3 = field(obs + k2 / 2)
+    k4 = field(obs + k3)
+    return obs + (k1 + 2 * k2 + 2 * k3 + k4) / 6
+
+
+class NoMemory(nn.Module):
+    """Remembers nothing: a hidden state of width zero. One step is all it is trained on."""
+
+    size, window, context = 0, 1, 0
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class GRUMemory(nn.Module):
+    """One gated recurrent unit a member (Cho et al., 2014): features (E, B, F) and hidden state (E, B, H) -> new hidden state (E, B, H)."""
+
+    def __init__(self, members: int, features: int, size: int, window: int):
+        super().__init__()
+        self.size, self.window, self.context = size, window, window
+        self.gates = EnsembleLinear(members, features + size, 2 * size)
+        self.candidate = EnsembleLinear(members, features + size, size)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        reset, update = self.gates(torch.cat([x, hidden], -1)).sigmoid().chunk(2, -1)
+        candidate = self.candidate(torch.cat([x, reset * hidden], -1)).tanh()
+        return update * hidden + (1 - update) * candidate
+
+
+class NoAutoencoder(nn.Module):
+    """The autoencoder that is switched off: no error anywhere, nothing to train."""
+
+    window = 1
+
+    def error(self, windows: Tensor) -> Tensor:
+        return windows.new_zeros(windows.shape[:-2])
+
+    loss = error
+
+
+class Autoencoder(nn.Module):
+    """Denoises windows (B, W, F) of (obs, action). Its squared error is small on familiar windows only (Boney et al., 2019, eq. 5)."""
+
+    def __init__(self, features: int, window: int, noise: float, hidden: int):
+        super().__init__()
+        self.window, self.noise = window, noise
+        self.net = nn.Sequential(nn.Linear(window * features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, window * features))
+
+    def error(self, windows: Tensor) -> Tensor:
+        """Mean squared distance between windows (..., W, F) and their denoised selves -> (...)."""
+        flat = windows.flatten(-2)
+        return (self.net(flat) - flat).square().mean(-1)
+
+    def loss(self, windows: Tensor) -> Tensor:
+        flat = windows.flatten(-2)
+        return (self.net(flat + self.noise * torch.randn_like(flat)) - flat).square().mean(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- the world model
+
+
+class Transition(NamedTuple):
+    """What each member expects of the next observation, all (E, B, O)."""
+
+    mean: Tensor  # in the observation's own units
+    logvar: Tensor  # of the error in standard deviations of the change
+    logit: Tensor  # that a binary column is 1
+
+
+class Outcome(NamedTuple):
+    """What each member expects of reward and ending, all (E, B)."""
+
+    reward: Tensor  # if the episode goes on
+    last_reward: Tensor  # if it ends here
+    ending: Tensor  # logit that it ends here, not yet calibrated
+
+
+def squared_error(error: Tensor, logvar: Tensor) -> Tensor:
+    return error.square()
+
+
+def absolute_error(error: Tensor, logvar: Tensor) -> Tensor:
+    return error.abs()
+
+
+def gaussian_error(error: Tensor, logvar: Tensor) -> Tensor:
+    """Negative log-likelihood of a normal distribution, without its constant."""
+    return (error.square() * (-logvar).exp() + logvar) / 2
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the last dimension where `mask` holds; zero where it never does."""
+    return (x * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+class WorldModel(nn.Module):
+    """An ensemble of E models of one environment. Every variant is chosen here, once; nothing below this constructor asks for it again.
+
+    `obs_dim` and `num_actions` are the environment's; `settings` a ModelSettings.
+    """
+
+    MIN_LOGVAR, MAX_LOGVAR = -10.0, 1.0
+
+    def __init__(self, obs_dim: int, num_actions: int, settings: ModelSettings):
+        super().__init__()
+        s, features, E = settings, obs_dim + num_actions, settings.wm_ensemble
+        self.members, self.num_actions, self.margin = E, num_actions, s.wm_margin
+        self.memory = GRUMemory(E, features, s.wm_memory_size, s.wm_memory_window) if s.wm_memory == "gru" else NoMemory()
+        denoise = s.uncertainty in ("autoencoder", "both")
+        self.autoencoder = Autoencoder(features, s.wm_autoencoder_window, s.wm_autoencoder_noise, s.wm_hidden) if denoise else NoAutoencoder()
+        self.context = max(self.memory.context, self.autoencoder.window - 1)  # real steps to look back on before a dream begins
+        known = features + self.memory.size
+        self.dynamics = ensemble_mlp(E, known, s.wm_hidden, s.wm_layers, 3 * obs_dim)
+        self.heads = ensemble_mlp(E, known + (obs_dim if s.wm_heads == "sas" else 0), s.wm_hidden, s.wm_layers, 3)
+        self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
+        self.error = dict(gaussian=gaussian_error, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
+        self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
+        self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
+        self.see = (lambda change: change) if s.wm_heads == "sas" else (lambda change: change[..., :0])
+        self.verdict = dict(member=lambda x, own: own(x), mean=lambda x, own: x.mean(0), agree=lambda x, own: x.min(0).values)[s.wm_ending]
+        self.find_binary = s.wm_binary
+
+        self.obs_scale, self.change_scale = Normaliser(obs_dim), Normaliser(obs_dim)
+        self.reward_scale, self.last_reward_scale = Normaliser(1), Normaliser(1)
+        self.target_unit = (self.obs_scale if s.wm_target == "direct" else self.change_scale).inverse
+        for name, size in dict(binary=obs_dim, obs_low=obs_dim, obs_high=obs_dim, reward_range=2, last_reward_range=2).items():
+            self.register_buffer(name, torch.zeros(size, dtype=torch.bool if name == "binary" else torch.float))
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and shift of the ending's logit
+        self.register_buffer("typical", torch.ones(2))  # 95th percentiles of disagreement and autoencoder error on real steps
+
+    def adapt(self, replay: Replay):
+        """Takes scales, ranges and binary columns from the data. Learned weights stay."""
+        steps, ended = replay.steps, replay.steps.terminated
+        both = torch.stack([steps.obs, steps.next_obs]).flatten(0, 2)
+        self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
+        self.obs_scale.fit(steps.obs, keep=self.binary)
+        self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
+        low, high = both.amin(0), both.amax(0)
+        self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
+        for rewards, scale, range in (steps.rewards[~ended], self.reward_scale, self.reward_range), (steps.rewards[ended], self.last_reward_scale, self.last_reward_range):
+            if len(rewards):
+                scale.fit(rewards)
+                range.copy_(torch.stack([rewards.min(), rewards.max()]))
+
+    def features(self, obs: Tensor, action: Tensor) -> Tensor:
+        """(..., O) and (...) -> (..., F): the normalised observation and the action as one-hot."""
+        return torch.cat([self.obs_scale(obs), F.one_hot(action, self.num_actions).to(obs.dtype)], -1)
+
+    def transition(self, obs: Tensor, action: Tensor, hidden: Tensor) -> Transition:
+        """obs (E, B, O), action (E, B), hidden (E, B, H) -> the distribution of the next observation."""
+
+        def network(obs):
+            return self.dynamics(torch.cat([self.features(obs, action), hidden], -1)).chunk(3, -1)
+
+        here, logvar, logit = network(obs)
+
+        def field(at):  # the first evaluation, at obs itself, is at hand; only RK4 asks for more
+            return torch.where(self.binary, 0, self.target_unit(here if at is obs else network(at)[0]))
+
+        logvar = self.MAX_LOGVAR - F.softplus(self.MAX_LOGVAR - logvar)  # soft bounds (Chua et al., 2018, appendix A.1)
+        logvar = self.MIN_LOGVAR + F.softplus(logvar - self.MIN_LOGVAR)
+        return Transition(self.integrate(field, obs), logvar, logit)
+
+    def outcome(self, obs: Tensor, action: Tensor, next_obs: Tensor, hidden: Tensor) -> Outcome:
+        """obs, next_obs (E, B, O), action (E, B), hidden (E, B, H) -> reward and ending."""
+        change = self.see(self.change_scale(next_obs - obs))
+        return Outcome(*self.heads(torch.cat([self.features(obs, action), change, hidden], -1)).unbind(-1))
+
+    # --- learning
+
+    def loss(self, steps: Rollout, valid: Tensor) -> dict[str, Tensor]:
+        """Losses on windows of real steps, fields (L, E, B, ...), valid (L, E, B): each summed over members, averaged over batch and dimensions.
+
+        Steps before the beginning of an episode are not valid: they leave the memory at zero and cost nothing.
+        """
+        x = self.features(steps.obs, steps.actions) * valid[..., None]
+        hidden = x.new_zeros(*x.shape[1:3], self.memory.size)
+        losses, length = 0, len(x)
+        for i in range(length):
+            if i >= length - self.memory.window:
+                losses = losses + self.step_loss(Rollout(*(field[i] for field in steps)), hidden, valid[i]) / self.memory.window
+            hidden = self.memory(x[i], hidden) * valid[i, ..., None]
+        dynamics, reward, last_reward, ending = losses.sum(-1)
+        window = x[length - self.autoencoder.window :, 0].transpose(0, 1)  # one member's batch is enough for the one autoencoder
+        return dict(dynamics=dynamics, reward=reward, last_reward=last_reward, ending=ending, autoencoder=self.autoencoder.loss(window).mean())
+
+    def step_loss(self, step: Rollout, hidden: Tensor, valid: Tensor) -> Tensor:
+        """(4, E): dynamics, reward, last reward, ending. Rewards of endings are learned apart, so that +-100 does not drown the rest."""
+        mean, logvar, logit = self.transition(step.obs, step.actions, hidden)
+        numbers = self.error((step.next_obs - mean) / self.change_scale.std, logvar)
+        flags = F.binary_cross_entropy_with_logits(logit, step.next_obs.clamp(0, 1), reduction="none")
+        dynamics = torch.where(self.binary, flags, numbers).mean(-1)
+        reward, last_reward, ending = self.outcome(step.obs, step.actions, step.next_obs, hidden)
+        reward = self.point_error(self.reward_scale(step.rewards[..., None])[..., 0] - reward, None)
+        last_reward = self.point_error(self.last_reward_scale(step.rewards[..., None])[..., 0] - last_reward, None)
+        surprise = F.binary_cross_entropy_with_logits(ending, step.terminated.to(ending.dtype), reduction="none")
+        goes_on = ~step.terminated
+        return torch.stack([masked_mean(dynamics, valid), masked_mean(reward, valid & goes_on), masked_mean(last_reward, valid & ~goes_on), masked_mean(surprise, valid)])
+
+    # --- imagining
+
+    def recall(self, steps: Rollout, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """What came before, as windows (context, B, ...) -> hidden state (E, B, H), newest features (B, W - 1, F)."""
+        x = self.features(steps.obs, steps.actions) * valid[..., None]
+        hidden = x.new_zeros(self.members, x.shape[1], self.memory.size)
+        for i in range(len(x)):
+            hidden = self.memory(x[i].expand(self.members, -1, -1), hidden) * valid[i, :, None]
+        return hidden, x[len(x) - (self.autoencoder.window - 1) :].transpose(0, 1)
+
+    def everyone(self, x: Tensor) -> Tensor:
+        """The same (B, ...) for each member: (E, B, ...), without a copy."""
+        return x.expand(self.members, *x.shape)
+
+    def draw(self, expected: Transition) -> Tensor:
+        """A sample of the next observation, clipped to the range of the data with a margin."""
+        sample = expected.mean
+        if self.noise:
+            sample = sample + torch.randn_like(sample) * (expected.logvar / 2).exp() * self.change_scale.std
+        sample = torch.where(self.binary, (torch.rand_like(sample) < expected.logit.sigmoid()).to(sample.dtype), sample)
+        return torch.clamp(sample, self.obs_low, self.obs_high)
+
+    def most_likely(self, expected: Transition) -> Tensor:
+        return torch.where(self.binary, (expected.logit > 0).to(expected.mean.dtype), expected.mean)
+
+    def disagreement(self, expected: Transition) -> Tensor:
+        """(E, B, O) -> (B): standard deviation over the members' means, root mean square over the columns that are numbers."""
+        variance = (expected.mean / self.change_scale.std).var(0, correction=0)
+        return ((variance * ~self.binary).sum(-1) / (~self.binary).sum().clamp(min=1)).sqrt()
+
+    def rewards(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
+        """Reward if the episode goes on, and if it ends here; both in the environment's units and within the range of those seen."""
+        reward, last_reward = self.reward_scale.inverse(outcome.reward), self.last_reward_scale.inverse(outcome.last_reward)
+        return reward.clamp(*self.reward_range), last_reward.clamp(*self.last_reward_range)
+
+    def ending(self, logit: Tensor) -> Tensor:
+        """Calibrated probability that an episode ends."""
+        return torch.sigmoid(self.calibration[0] * logit + self.calibration[1])
+
+    @torch.no_grad()
+    def imagine(self, obs: Tensor, action: Tensor, hidden: Tensor, member: Tensor):
+        """One imagined step of B dreams, each in the member it belongs to.
+
+        obs (B, O), action (B), hidden (E, B, H), member (B) -> next_obs (B, O), reward (B), terminated (B) bool, hidden (E, B, H), disagreement (B).
+        """
+
+        def own(x):  # (E, B, ...) -> (B, ...)
+            return x[member, dream]
+
+        dream, all_obs, all_action = torch.arange(len(obs), device=obs.device), self.everyone(obs), self.everyone(action)
+        expected = self.transition(all_obs, all_action, hidden)
+        next_obs = self.draw(Transition(*map(own, expected)))
+        outcome = self.outcome(all_obs, all_action, self.everyone(next_obs), hidden)
+        terminated = torch.rand(len(obs), device=obs.device) < self.ending(self.verdict(outcome.ending, own))
+        reward, last_reward = map(own, self.rewards(outcome))
+        hidden = self.memory(self.features(all_obs, all_action), hidden)
+        return next_obs, torch.where(terminated, last_reward, reward), terminated, hidden, self.disagreement(expected)
+
+
+def fit(model: WorldModel, optimizer: torch.optim.Optimizer, replay: Replay, updates: int, batch: int, tick=lambda: None) -> dict[str, float]:
+    """Fits the model to the replay (Kaiser et al., 2020, Algorithm 1, line 5) by `updates` minibatches of `batch` real steps a member.
+
+    Held-out episodes are not fitted; they calibrate endings and uncertainty. `tick` is called after each update. Returns mean losses.
+    """
+    model.adapt(replay)
+    where = ~replay.held_out & replay.recent
+    where = where if where.any() else replay.recent
+    before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
+    windows = max(1, batch // model.memory.window)
+    for _ in range(updates):
+        window, valid = replay.window(*replay.sample((model.members, windows), where), before, 1)
+        losses = model.loss(window, valid)
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        optimizer.step()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        tick()
+    calibrate(model, replay)
+    means = {name: float(value) / updates / (1 if name == "autoencoder" else model.members) for name, value in sums.items()}
+    return {"wm/loss": sum(means.values())} | {f"wm/loss_{name}": value for name, value in means.items()}
+
+
+@torch.no_grad()
+def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor):
+    """One-step predictions at real steps (t, n), each (B): the steps, Transition, Outcome, disagreement, autoencoder error."""
+    window, valid = replay.window(t, n, model.context, 1)
+    hidden, history = model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
+    step = Rollout(*(x[-1] for x in window))
+    obs, action = model.everyone(step.obs), model.everyone(step.actions)
+    expected = model.transition(obs, action, hidden)
+    outcome = model.outcome(obs, action, model.everyone(step.next_obs), hidden)
+    unusual = model.autoencoder.error(torch.cat([history, model.features(step.obs, step.actions)[:, None]], 1))
+    return step, expected, outcome, model.disagreement(expected), unusual
+
+
+def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
+    """Sets the ending's calibration (Platt, 1999, with a prior towards no change) and the typical uncertainty, both on held-out real steps."""
+    unseen = replay.held_out if replay.held_out.any() else torch.ones_like(replay.held_out)
+    step, _, outcome, disagreement, unusual = judge(model, replay, *replay.spread(limit, unseen))
+    model.typical.copy_(torch.stack([quantiles(disagreement, 0.95)[0], quantiles(unusual, 0.95)[0]]).clamp(min=1e-6))
+    logit = model.verdict(outcome.ending, lambda x: x.mean(0))
+    free = torch.tensor([0.0, 0.0], device=logit.device, requires_grad=True)  # log slope, shift
+    lbfgs = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
+
+    def objective():
+        lbfgs.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(free[0].exp() * logit + free[1], step.terminated.to(logit.dtype), reduction="sum")
+        loss = loss + (free / torch.tensor([0.2, 1.0], device=free.device)).square().sum() / 2
+        loss.backward()
+        return loss
+
+    lbfgs.step(objective)
+    model.calibration.copy_(torch.stack([free[0].exp(), free[1]]).detach())
+
+
+# ------------------------------------------------------------------------------------------------------------ dreams, planner
+
+
+class Dream:
+    """Imagined episodes behind the real environments' interface: `reset()`, then `step(actions)` on N of them at once; `obs` is where they are.
+
+    Each dream belongs to one member for good: drawing the member anew at every step would average its systematic errors away (Chua et al., 2018,
+    TS-infinity). It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
+    else any. Where it ends, grows too uncertain, or after `realign` steps away from the data, a new one starts in its place.
+    """
+
+    def __init__(self, model: WorldModel, replay: Replay, num_envs: int, settings: ModelSettings, beginnings: float, rare: float, realign: int = 0):
+        self.model, self.replay, self.num_envs, self.realign = model, replay, num_envs, realign or math.inf
+        self.beginnings, self.rare = beginnings, rare
+        s = settings
+        self.weights = torch.tensor([float(s.uncertainty in ("ensemble", "both")), s.wm_autoencoder * (s.uncertainty in ("autoencoder", "both"))])
+        self.limit = s.uncertainty_limit if s.uncertainty_use == "end" else math.inf
+        self.penalty = s.uncertainty_penalty if s.uncertainty_use == "penalise" else 0.0
+        self.weights = self.weights.to(model.binary.device)
+        self.member = torch.arange(num_envs, device=model.binary.device) % model.members
+
+    def starts(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Real states to dream from, with their past: obs (B, O), hidden (E, B, H), history (B, W - 1, F)."""
+        begin, kinds = self.replay.recent & (self.replay.age == 0), torch.rand(number, device=self.member.device)
+        begin = begin if begin.any() else self.replay.recent
+        rare = self.replay.rare(self.model.binary, reach=10) & self.replay.recent
+        rare = rare if rare.any() else self.replay.recent
+        choices = [torch.stack(self.replay.sample((number,), where)) for where in (begin, rare, self.replay.recent)]
+        t, n = torch.where(kinds < self.beginnings, choices[0], torch.where(kinds < self.beginnings + self.rare, choices[1], choices[2]))
+        window, valid = self.replay.window(t, n, self.model.context, 1)
+        return window.obs[-1], *self.model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
+
+    @torch.no_grad()
+    def reset(self) -> Tensor:
+        """New dreams everywhere, and a pool of further starts for those that will end."""
+        self.pool = self.starts(3 * self.num_envs)
+        self.obs, self.hidden, self.history = self.pool[0][: self.num_envs], self.pool[1][:, : self.num_envs], self.pool[2][: self.num_envs]
+        self.age = torch.zeros(self.num_envs, device=self.member.device)
+        self.disagreement = torch.zeros((), device=self.member.device)  # mean over all steps since the reset
+        self.steps = 0
+        return self.obs
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N); `obs` moves on to a new start where a dream is over."""
+        m = self.model
+        next_obs, reward, terminated, hidden, disagreement = m.imagine(self.obs, actions, self.hidden, self.member)
+        window = torch.cat([self.history, m.features(self.obs, actions)[:, None]], 1)
+        uncertainty = torch.stack([disagreement, m.autoencoder.error(window)], -1) / m.typical @ self.weights
+        reward = reward - self.penalty * m.reward_scale.std * uncertainty
+        self.age += 1
+        truncated = ((uncertainty > self.limit) | (self.age >= self.realign)) & ~terminated
+
+        over = terminated | truncated
+        obs, hidden_0, history = self.pool
+        fresh = torch.randint(len(obs), (self.num_envs,), device=obs.device)
+        self.obs = torch.where(over[:, None], obs[fresh], next_obs)
+        self.hidden = torch.where(over[:, None], hidden_0[:, fresh], hidden)
+        self.history = torch.where(over[:, None, None], history[fresh], window[:, 1:])
+        self.age = torch.where(over, 0, self.age)
+        self.steps += 1
+        self.disagreement += (disagreement.mean() - self.disagreement) / self.steps
+        return reward, next_obs, terminated, truncated
+
+
+@torch.no_grad()
+def plan(model: WorldModel, obs: Tensor, hidden: Tensor, horizon: int, candidates: int, rounds: int, gamma: float) -> Tensor:
+    """Model-predictive control by the cross-entropy method over action sequences (Chua et al., 2018), for discrete actions.
+
+    obs (N, O), hidden (E, N, H) -> the first action of the best sequence found (N). Each sequence is judged by all members, each in its own
+    imagined trajectory; endings weight what would have followed them by the probability of getting there.
+    """
+    N, E, A = len(obs), model.members, model.num_actions
+    chances = torch.full((N, horizon, A), 1 / A, device=obs.device)
+    for _ in range(rounds):
+        sequences = torch.multinomial(chances.view(-1, A), candidates, replacement=True).view(N, horizon, candidates).transpose(1, 2)
+        at, memory = (model.everyone(obs.repeat_interleave(candidates, 0)), hidden.repeat_interleave(candidates, 1))
+        score, alive = 0, 1
+        for k in range(horizon):
+            action = model.everyone(sequences[..., k].flatten())
+            next_at = model.draw(model.transition(at, action, memory))
+            outcome = model.outcome(at, action, next_at, memory)
+            ends, (reward, last_reward) = model.ending(outcome.ending), model.rewards(outcome)
+            score = score + gamma**k * alive * (ends * last_reward + (1 - ends) * reward)
+            alive, at, memory = alive * (1 - ends), next_at, model.memory(model.features(at, action), memory)
+        best = score.view(E, N, candidates).mean(0).topk(max(1, candidates // 10), -1).indices
+        elite = sequences.gather(1, best[..., None].expand(-1, -1, horizon))
+        chances = 0.1 * chances + 0.9 * F.one_hot(elite, A).to(obs.dtype).mean(1)
+    return chances[:, 0].argmax(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- diagnosis
+
+
+@torch.no_grad()
+def open_loop(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, length: int) -> tuple[Tensor, Rollout, Tensor]:
+    """Every member runs freely from real states (t, n), each (B), under the recorded actions, without noise.
+
+    Returns predictions (K, E, B, O), the real steps (K, B, ...), and which of them exist (K, B), K = length.
+    """
+    past, was = replay.window(t, n, model.context, 0)
+    hidden, _ = model.recall(past, was)
+    real, exists = replay.window(t, n, 0, length)
+    at, path = model.everyone(real.obs[0]), []
+    for k in range(length):
+        action = model.everyone(real.actions[k])
+        next_at = torch.clamp(model.most_likely(model.transition(at, action, hidden)), model.obs_low, model.obs_high)
+        hidden = model.memory(model.features(at, action), hidden)
+        path.append(next_at)
+        at = next_at
+    return torch.stack(path), real, exists
+
+
+def error_curve(model: WorldModel, replay: Replay, length: int, where: Tensor) -> Tensor:
+    """(K): root mean square open-loop error after 1 .. K steps, K <= length, as far as episodes among `where` (T, N) last."""
+    t, n = replay.spread(512, where)
+    path, real, exists = open_loop(model, replay, t, n, length)
+    error = ((path - real.next_obs[:, None]) / model.change_scale.std).square()
+    error = ((error * ~model.binary).sum(-1) / (~model.binary).sum().clamp(min=1)).mean(1)  # (K, B)
+    return masked_mean(error, exists).sqrt()[exists.any(1)]
+
+
+def trusted_horizon(model: WorldModel, replay: Replay, limit: float, longest: int) -> int:
+    """The number of steps, at least 1, until the held-out open-loop error exceeds `limit`: a better model dreams further (Lambert et al., 2021)."""
+    where = replay.held_out if replay.held_out.any() else torch.ones_like(replay.held_out)
+    within = error_curve(model, replay, longest, where) <= limit
+    return max(1, int(within.cummin(0).values.sum()))
+
+
+def measure(model: WorldModel, replay: Replay, length: int = 20) -> dict[str, float | None]:
+    """The model's errors on held-out episodes, for the log; None while no episode is held out. Uses up no randomness."""
+    names = "wm/error_1step", "wm/error_openloop", "wm/reward_rmse", "wm/reward_tail_rmse"
+    if not replay.held_out.any():
+        return dict.fromkeys(names)
+    curve = error_curve(model, replay, length, replay.held_out)
+    real, expected = expected_rewards(model, replay, replay.held_out)
+    error, size = (real - expected).square(), (real - real.median()).abs()
+    tail = size >= quantiles(size, 0.99)[0]
+    return dict(zip(names, [float(curve[0]), float(curve[-1]), float(error.mean().sqrt()), float(error[tail].mean().sqrt())]))
+
+
+def expected_rewards(model: WorldModel, replay: Replay, where: Tensor, limit: int = 4096) -> tuple[Tensor, Tensor]:
+    """Real rewards (B) and the ensemble's expectation of them, endings included, at real steps among `where`."""
+    step, _, outcome, _, _ = judge(model, replay, *replay.spread(limit, where))
+    (reward, last_reward), ends = model.rewards(outcome), model.ending(outcome.ending)
+    return step.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
+
+
+def draw_diagnosis(model, replay, folder):
+    pass
