@@ -10,6 +10,7 @@ The model itself is in `world_model.py`. To try an idea: `cp ppo_mbrl.py my_idea
 
 Shapes: T time, N environments or dreams, O observation, A actions, B minibatch. `truncated` is a time-out: the value goes on after it.
 """
+
 import contextlib
 import functools
 import hashlib
@@ -19,7 +20,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,7 +37,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from world_model import Dream, ModelSettings, Normaliser, Replay, Rollout, UsageError, WorldModel, draw_diagnosis, fit, measure, plan, setting, settings_command, trusted_horizon
+from world_model import (
+    Dream,
+    ModelSettings,
+    Normaliser,
+    Replay,
+    Rollout,
+    UsageError,
+    WorldModel,
+    draw_diagnosis,
+    fit,
+    measure,
+    plan,
+    run_command,
+    setting,
+    settings_command,
+    trusted_horizon,
+)
 
 # ------------------------------------------------------------------------------------------------------------------ settings
 
@@ -46,6 +62,7 @@ from world_model import Dream, ModelSettings, Normaliser, Replay, Rollout, Usage
 class Settings(ModelSettings):
     """Every setting of a run. Flags, `config.json`, `--help` and the run's name all come from here and from ModelSettings."""
 
+    # fmt: off
     mode: Literal["ppo", "simple", "mpc"] = setting("simple", "PPO in the real environment, PPO in dreams, or planning.", panel="Run", identity=False)
     seed: int = setting(0, "Decides everything random.", 0, 2**63 - 1, "Run", identity=False)
     env_id: str = setting("LunarLander-v3", "Any Gymnasium environment with a flat Box observation and Discrete actions.", panel="Run", identity=False)
@@ -89,6 +106,7 @@ class Settings(ModelSettings):
     plan_candidates: int = setting(48, "Action sequences tried in each round.", 2, 10**6, "Planning (--mode mpc)")
     plan_rounds: int = setting(2, "Rounds of the cross-entropy method.", 1, 1000, "Planning (--mode mpc)")
 
+    # fmt: on
     @classmethod
     def resolve(cls, given: dict) -> "Settings":
         """Defaults of the mode, then the --config file, then flags: resolved here and nowhere else."""
@@ -109,14 +127,20 @@ class Settings(ModelSettings):
             values = [float(x) for x in self.gather_temperatures.split(",")]
             if all(1e-3 <= x <= 1e3 for x in values):
                 return values
-        raise UsageError(f"--gather-temperatures must be numbers between 0.001 and 1000 with commas between them, not {self.gather_temperatures!r}.")
+        raise UsageError(
+            f"--gather-temperatures must be numbers between 0.001 and 1000 with commas between them, not {self.gather_temperatures!r}."
+        )
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
         if self.run_dir:
             return Path(self.run_dir)
         usual = Settings.resolve(dict(mode=self.mode))
-        differs = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.metadata["identity"] and getattr(self, f.name) != getattr(usual, f.name)]
+        differs = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)
+            if f.metadata["identity"] and getattr(self, f.name) != getattr(usual, f.name)
+        ]
         return Path("runs", self.env_id.replace("/", "_"), "_".join([self.mode, *differs]), f"seed_{self.seed}")
 
 
@@ -146,7 +170,9 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
         raise UsageError(f"Environment {env_id!r} can't be made: {str(error).strip() or type(error).__name__}")
     obs, action = env.observation_space, env.action_space
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or not isinstance(action, gym.spaces.Discrete):
-        raise UsageError(f"Environment {env_id!r} does not fit: it needs a flat Box observation and Discrete actions, and has {obs} and {action}.")
+        raise UsageError(
+            f"Environment {env_id!r} does not fit: it needs a flat Box observation and Discrete actions, and has {obs} and {action}."
+        )
     return env
 
 
@@ -301,7 +327,12 @@ def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: S
     with torch.no_grad():
         approx_kl = (ratio - 1 - logratio).mean()  # Schulman (2020), k3
         clip_fraction = ((ratio - 1).abs() > s.clip).float().mean()
-    info = {"ppo/approx_kl": approx_kl, "ppo/entropy": entropy.detach(), "ppo/clip_fraction": clip_fraction, "ppo/value_loss": value_loss.detach()}
+    info = {
+        "ppo/approx_kl": approx_kl,
+        "ppo/entropy": entropy.detach(),
+        "ppo/clip_fraction": clip_fraction,
+        "ppo/value_loss": value_loss.detach(),
+    }
     return policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy, info
 
 
@@ -358,7 +389,16 @@ def train_simple(run: "Run"):
     model_optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
     scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s.temperatures(), s.device)
-    parts = dict(agent=agent, optimizer=optimizer, model=model, model_optimizer=model_optimizer, replay=replay, scale=scale, explorer=explorer, env=env)
+    parts = dict(
+        agent=agent,
+        optimizer=optimizer,
+        model=model,
+        model_optimizer=model_optimizer,
+        replay=replay,
+        scale=scale,
+        explorer=explorer,
+        env=env,
+    )
     run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
@@ -373,7 +413,9 @@ def train_simple(run: "Run"):
         run.end_iteration(log)
 
 
-def dream_and_improve(run: "Run", agent: Agent, optimizer: torch.optim.Optimizer, model: WorldModel, replay: Replay, scale: ReturnScale) -> dict:
+def dream_and_improve(
+    run: "Run", agent: Agent, optimizer: torch.optim.Optimizer, model: WorldModel, replay: Replay, scale: ReturnScale
+) -> dict:
     """`rounds` PPO updates, each on new dreams. No real step is taken. Returns means over the rounds."""
     s, temperature = run.settings, run.temperature()
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
@@ -577,7 +619,10 @@ class Run:
         """Makes the folder this run's, or refuses it if a run with other settings is in it."""
         path = self.folder / "config.json"
         if self.settings.fresh:
-            for old in [*self.folder.glob("checkpoint/*"), *(self.folder / name for name in ("metrics.jsonl", "summary.json", "config.json"))]:
+            for old in [
+                *self.folder.glob("checkpoint/*"),
+                *(self.folder / name for name in ("metrics.jsonl", "summary.json", "config.json")),
+            ]:
                 old.unlink(missing_ok=True)
         if path.exists():
             try:
@@ -586,9 +631,15 @@ class Run:
             except (ValueError, KeyError, TypeError):
                 raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
             free = {f.name for f in fields(Settings) if not f.metadata["identity"]} - {"mode", "env_id", "seed"}
-            differs = [f"{key} was {old[key]!r} and is now {new!r}" for key, new in asdict(self.settings).items() if key not in free and old[key] != new]
+            differs = [
+                f"{key} was {old[key]!r} and is now {new!r}"
+                for key, new in asdict(self.settings).items()
+                if key not in free and old[key] != new
+            ]
             if differs:
-                raise UsageError(f"{self.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh to delete it.")
+                raise UsageError(
+                    f"{self.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh to delete it."
+                )
         write_atomically(path, json.dumps(asdict(self.settings), indent=1).encode())
         write_atomically(self.folder / "env.json", json.dumps(surroundings(self.settings), indent=1).encode())
 
@@ -678,7 +729,11 @@ class Run:
     def save(self):
         """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. The last two are kept."""
         tree = {name: part.state_dict() for name, part in self.parts.items()} | {"random": torch.get_rng_state()}
-        tree |= {name: getattr(self, name) for name in self.COUNTERS} | self.clocks() | {"metrics_bytes": (self.folder / "metrics.jsonl").stat().st_size}
+        tree |= (
+            {name: getattr(self, name) for name in self.COUNTERS}
+            | self.clocks()
+            | {"metrics_bytes": (self.folder / "metrics.jsonl").stat().st_size}
+        )
         if torch.cuda.is_available():
             tree["random_cuda"] = torch.cuda.get_rng_state_all()
         tensors = {}
@@ -686,7 +741,9 @@ class Run:
         data = save(tensors, {"state": state})
         stem = self.folder / "checkpoint" / f"{self.iteration:08d}"
         write_atomically(stem.with_suffix(".safetensors"), data)
-        write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest(), real_steps=self.real_steps)).encode())
+        write_atomically(
+            stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest(), real_steps=self.real_steps)).encode()
+        )
         policy = {name: x.cpu().contiguous() for name, x in self.module.state_dict().items() if not name.startswith("critic")}
         write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id, "mode": self.settings.mode}))
         kept = sorted(stem.parent.glob("*.json"))[-2:]
@@ -721,7 +778,9 @@ class Run:
 
     def summarise(self, status: str, final: Scores | None = None) -> dict:
         s, evaluations = self.settings, [row["eval/return_mean"] for row in self.rows() if "eval/return_mean" in row]
-        summary = dict(status=status, mode=s.mode, env_id=s.env_id, seed=s.seed, real_steps=self.real_steps, imagined_steps=self.imagined_steps)
+        summary = dict(
+            status=status, mode=s.mode, env_id=s.env_id, seed=s.seed, real_steps=self.real_steps, imagined_steps=self.imagined_steps
+        )
         summary |= dict(steps_to_solve=self.steps_to_solve, final_return_mean=None, final_return_std=None, final_episodes=0)
         summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False, **self.clocks())
         if final is not None:
@@ -764,8 +823,14 @@ def surroundings(s: Settings) -> dict:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    machine = dict(platform=platform.platform(), cpu=(cpu or [platform.processor()])[0], cores=os.cpu_count(), threads=s.threads, device=s.device)
+    cpu = (
+        [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    machine = dict(
+        platform=platform.platform(), cpu=(cpu or [platform.processor()])[0], cores=os.cpu_count(), threads=s.threads, device=s.device
+    )
     return dict(python=platform.python_version(), **versions, commit=commit.stdout.strip() or None, **machine)
 
 
@@ -803,7 +868,10 @@ class View:
         self.console.print(sentence, highlight=False, soft_wrap=True)
 
     def start(self, run: Run):
-        self.say(f"{run.settings.mode} on {run.settings.env_id}, seed {run.settings.seed}, in {run.folder}" + (f", from real step {run.real_steps}" if run.real_steps else ""))
+        self.say(
+            f"{run.settings.mode} on {run.settings.env_id}, seed {run.settings.seed}, in {run.folder}"
+            + (f", from real step {run.real_steps}" if run.real_steps else "")
+        )
         columns = TextColumn("{task.fields[now]:<16}"), BarColumn(None), TextColumn("{task.completed:,}/{task.total:,} real steps"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()  # fmt: skip
         self.progress = Progress(*columns, console=self.console, speed_estimate_period=300)
         self.bar = self.progress.add_task("", total=run.settings.total_steps, completed=run.real_steps, now="", rate="")
@@ -814,7 +882,9 @@ class View:
 
     def render(self):
         table = Table.grid(padding=(0, 3))
-        cells = [f"[dim]{label}[/dim] {number(self.newest[name])}" for label, name in self.SHOWN.items() if self.newest.get(name) is not None]
+        cells = [
+            f"[dim]{label}[/dim] {number(self.newest[name])}" for label, name in self.SHOWN.items() if self.newest.get(name) is not None
+        ]
         for i in range(0, len(cells), 3):
             table.add_row(*cells[i : i + 3])
         return Group(self.progress, table)
@@ -901,7 +971,9 @@ def save_gif(frames: list[np.ndarray], path: Path):
 
 # -------------------------------------------------------------------------------------------------------------- command line
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
 TRAIN = dict(ppo=train_ppo, simple=train_simple, mpc=train_mpc)
 
 
@@ -928,7 +1000,9 @@ def train(ctx: typer.Context, given: dict):
         else:
             summary = run.finish()
         view.stop()
-        view.say(f"{summary['outcome']}: final score {summary['final_return_mean']:.1f} +- {summary['final_return_std']:.1f} over {summary['final_episodes']} episodes after {summary['real_steps']:,} real steps; see {run.folder}")
+        view.say(
+            f"{summary['outcome']}: final score {summary['final_return_mean']:.1f} +- {summary['final_return_std']:.1f} over {summary['final_episodes']} episodes after {summary['real_steps']:,} real steps; see {run.folder}"
+        )
     except Diverged as error:
         view.stop()
         run.summarise("diverged")
@@ -965,7 +1039,9 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
     else:
-        View().say(f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {episodes} episodes of {result['length_mean']:.0f} steps; {100 * result['timeout_share']:.0f} % ran into the time limit")
+        View().say(
+            f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {episodes} episodes of {result['length_mean']:.0f} steps; {100 * result['timeout_share']:.0f} % ran into the time limit"
+        )
 
 
 def load_policy(run_dir: Path):
@@ -996,17 +1072,5 @@ def check_device(device: str):
         raise UsageError(f"--device {device} can't be used here: {str(error).splitlines()[0]}")
 
 
-def main(app=app):
-    """Runs a command line: bad input is one sentence and status 2, a failing disk one sentence and status 1."""
-    try:
-        app()
-    except UsageError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"Error: a file could not be read or written: {error}. The last complete checkpoint is kept.", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app)

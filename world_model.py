@@ -9,10 +9,12 @@ to the same `step` as the real one, `plan` searches through it. It knows nothing
 Shapes: T time, N environments or dreams, E members, B batch, L window, O observation, A actions, F = O + A features, H memory.
 Errors of the dynamics are always in standard deviations of the change of each observation from one step to the next.
 """
+
 import dataclasses
 import inspect
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional, get_args
@@ -20,6 +22,7 @@ from typing import Annotated, Literal, NamedTuple, Optional, get_args
 import torch
 import torch.nn.functional as F
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,6 +42,7 @@ def setting(default, help: str, low: float = -math.inf, high: float = math.inf, 
 class ModelSettings:
     """Everything that shapes the model and its dreams. Raises UsageError when a value has the wrong type or is out of bounds."""
 
+    # fmt: off
     wm_target: Literal["direct", "delta", "ode"] = setting("delta", "What the network predicts: the next observation, its change, or a derivative that RK4 integrates.")
     wm_likelihood: Literal["gaussian", "squared", "absolute"] = setting("gaussian", "Loss of the dynamics. Only gaussian learns, and dreams with, the environment's noise.")
     wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
@@ -64,6 +68,7 @@ class ModelSettings:
     uncertainty_use: Literal["end", "penalise"] = setting("end", "Cut a dream where it grows uncertain, or subtract the uncertainty from the reward.", panel="Dreams")
     uncertainty_limit: float = setting(3.0, "Dreams are cut above this uncertainty; 1 is the 95th percentile on real steps.", 0, 1e6, "Dreams")
     uncertainty_penalty: float = setting(0.1, "Price of one unit of uncertainty, in standard deviations of the reward.", 0, 1e6, "Dreams")
+    # fmt: on
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -80,7 +85,9 @@ def checked(f: dataclasses.Field, value):
     elif f.type is float and type(value) is int:
         value = float(value)
     elif type(value) is not f.type:
-        raise UsageError(f"{flag} must be {dict(int='a whole number', float='a number', bool='true or false', str='text')[f.type.__name__]}, not {value!r}.")
+        raise UsageError(
+            f"{flag} must be {dict(int='a whole number', float='a number', bool='true or false', str='text')[f.type.__name__]}, not {value!r}."
+        )
     if f.type in (int, float) and not low <= value <= high:  # `not <=` refuses NaN too
         raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value:g}.")
     return value
@@ -90,8 +97,9 @@ def settings_command(cls):
     """Decorator: turns a dataclass of settings into the options of a Typer command, which receives the ones given as a dict `given`."""
 
     def option(f: dataclasses.Field) -> inspect.Parameter:
-        default = ", ".join([str(f.default)] + [f"{mode}: {value}" for mode, value in f.metadata["modes"].items()])
-        info = typer.Option(help=f.metadata["help"], rich_help_panel=f.metadata["panel"], show_default=default if f.default != "" else False)
+        defaults = [str(f.default)] * (f.default != "") + [f"{mode}: {value}" for mode, value in f.metadata["modes"].items()]
+        text = f.metadata["help"] + (f" [dim]\\[{'; '.join(defaults)}][/dim]" if defaults else "")
+        info = typer.Option(help=text, rich_help_panel=f.metadata["panel"])
         return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[f.type], info])
 
     def decorate(function):
@@ -101,7 +109,8 @@ def settings_command(cls):
             mine = {p.name: kwargs.pop(p.name) for p in own}
             return function(**mine, given={k: v for k, v in kwargs.items() if v is not None})
 
-        command.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [option(f) for f in dataclasses.fields(cls)])
+        options = [option(f) for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)]
+        command.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options)
         command.__doc__ = function.__doc__
         return command
 
@@ -141,7 +150,9 @@ class Replay:
         began[0] = True
         time = torch.arange(len(began), device=began.device)[:, None]
         self.age = time - torch.where(began, time, 0).cummax(0).values  # (T, N) steps since the episode began
-        self.held_out = (began.cumsum(0) - 1) % self.holdout == min(2, self.holdout - 1)  # (T, N) the third episode is the first one held out
+        self.held_out = (began.cumsum(0) - 1) % self.holdout == min(
+            2, self.holdout - 1
+        )  # (T, N) the third episode is the first one held out
         self.recent = (time >= len(began) - self.newest) if self.newest else torch.ones_like(began)
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
@@ -288,7 +299,9 @@ class Autoencoder(nn.Module):
     def __init__(self, features: int, window: int, noise: float, hidden: int):
         super().__init__()
         self.window, self.noise = window, noise
-        self.net = nn.Sequential(nn.Linear(window * features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, window * features))
+        self.net = nn.Sequential(
+            nn.Linear(window * features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, window * features)
+        )
 
     def error(self, windows: Tensor) -> Tensor:
         """Mean squared distance between windows (..., W, F) and their denoised selves -> (...)."""
@@ -351,7 +364,9 @@ class WorldModel(nn.Module):
         self.members, self.num_actions, self.margin = E, num_actions, s.wm_margin
         self.memory = GRUMemory(E, features, s.wm_memory_size, s.wm_memory_window) if s.wm_memory == "gru" else NoMemory()
         denoise = s.uncertainty in ("autoencoder", "both")
-        self.autoencoder = Autoencoder(features, s.wm_autoencoder_window, s.wm_autoencoder_noise, s.wm_hidden) if denoise else NoAutoencoder()
+        self.autoencoder = (
+            Autoencoder(features, s.wm_autoencoder_window, s.wm_autoencoder_noise, s.wm_hidden) if denoise else NoAutoencoder()
+        )
         self.context = max(self.memory.context, self.autoencoder.window - 1)  # real steps to look back on before a dream begins
         known = features + self.memory.size
         self.dynamics = ensemble_mlp(E, known, s.wm_hidden, s.wm_layers, 3 * obs_dim)
@@ -381,7 +396,10 @@ class WorldModel(nn.Module):
         self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
         low, high = both.amin(0), both.amax(0)
         self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
-        for rewards, scale, range in (steps.rewards[~ended], self.reward_scale, self.reward_range), (steps.rewards[ended], self.last_reward_scale, self.last_reward_range):
+        for rewards, scale, range in (
+            (steps.rewards[~ended], self.reward_scale, self.reward_range),
+            (steps.rewards[ended], self.last_reward_scale, self.last_reward_range),
+        ):
             if len(rewards):
                 scale.fit(rewards)
                 range.copy_(torch.stack([rewards.min(), rewards.max()]))
@@ -426,7 +444,9 @@ class WorldModel(nn.Module):
             hidden = self.memory(x[i], hidden) * valid[i, ..., None]
         dynamics, reward, last_reward, ending = losses.sum(-1)
         window = x[length - self.autoencoder.window :, 0].transpose(0, 1)  # one member's batch is enough for the one autoencoder
-        return dict(dynamics=dynamics, reward=reward, last_reward=last_reward, ending=ending, autoencoder=self.autoencoder.loss(window).mean())
+        return dict(
+            dynamics=dynamics, reward=reward, last_reward=last_reward, ending=ending, autoencoder=self.autoencoder.loss(window).mean()
+        )
 
     def step_loss(self, step: Rollout, hidden: Tensor, valid: Tensor) -> Tensor:
         """(4, E): dynamics, reward, last reward, ending. Rewards of endings are learned apart, so that +-100 does not drown the rest."""
@@ -439,7 +459,14 @@ class WorldModel(nn.Module):
         last_reward = self.point_error(self.last_reward_scale(step.rewards[..., None])[..., 0] - last_reward, None)
         surprise = F.binary_cross_entropy_with_logits(ending, step.terminated.to(ending.dtype), reduction="none")
         goes_on = ~step.terminated
-        return torch.stack([masked_mean(dynamics, valid), masked_mean(reward, valid & goes_on), masked_mean(last_reward, valid & ~goes_on), masked_mean(surprise, valid)])
+        return torch.stack(
+            [
+                masked_mean(dynamics, valid),
+                masked_mean(reward, valid & goes_on),
+                masked_mean(last_reward, valid & ~goes_on),
+                masked_mean(surprise, valid),
+            ]
+        )
 
     # --- imagining
 
@@ -500,7 +527,9 @@ class WorldModel(nn.Module):
         return next_obs, torch.where(terminated, last_reward, reward), terminated, hidden, self.disagreement(expected)
 
 
-def fit(model: WorldModel, optimizer: torch.optim.Optimizer, replay: Replay, updates: int, batch: int, tick=lambda: None) -> dict[str, float]:
+def fit(
+    model: WorldModel, optimizer: torch.optim.Optimizer, replay: Replay, updates: int, batch: int, tick=lambda: None
+) -> dict[str, float]:
     """Fits the model to the replay (Kaiser et al., 2020, Algorithm 1, line 5) by `updates` minibatches of `batch` real steps a member.
 
     Held-out episodes are not fitted; they calibrate endings and uncertainty. `tick` is called after each update. Returns mean losses.
@@ -568,11 +597,15 @@ class Dream:
     else any. Where it ends, grows too uncertain, or after `realign` steps away from the data, a new one starts in its place.
     """
 
-    def __init__(self, model: WorldModel, replay: Replay, num_envs: int, settings: ModelSettings, beginnings: float, rare: float, realign: int = 0):
+    def __init__(
+        self, model: WorldModel, replay: Replay, num_envs: int, settings: ModelSettings, beginnings: float, rare: float, realign: int = 0
+    ):
         self.model, self.replay, self.num_envs, self.realign = model, replay, num_envs, realign or math.inf
         self.beginnings, self.rare = beginnings, rare
         s = settings
-        self.weights = torch.tensor([float(s.uncertainty in ("ensemble", "both")), s.wm_autoencoder * (s.uncertainty in ("autoencoder", "both"))])
+        self.weights = torch.tensor(
+            [float(s.uncertainty in ("ensemble", "both")), s.wm_autoencoder * (s.uncertainty in ("autoencoder", "both"))]
+        )
         self.limit = s.uncertainty_limit if s.uncertainty_use == "end" else math.inf
         self.penalty = s.uncertainty_penalty if s.uncertainty_use == "penalise" else 0.0
         self.weights = self.weights.to(model.binary.device)
@@ -705,5 +738,194 @@ def expected_rewards(model: WorldModel, replay: Replay, where: Tensor, limit: in
     return step.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
 
 
-def draw_diagnosis(model, replay, folder):
-    pass
+def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
+    """Where the model is wrong, on held-out episodes: by horizon, by size of the reward, by place, and whether endings are as frequent as expected."""
+    where = replay.held_out
+    curve = error_curve(model, replay, length, where)
+    real, expected = expected_rewards(model, replay, where)
+    size = (real - real.median()).abs()
+    edges = [*quantiles(size, 0, 0.5, 0.9, 0.99), size.new_tensor(math.inf)]
+    by_size = {}
+    for low, high in zip(edges, edges[1:]):
+        inside = (size >= low) & (size < high)
+        if inside.any():
+            by_size[f"{low:.3g} to {high:.3g}"] = dict(
+                steps=int(inside.sum()), rmse=float((real - expected)[inside].square().mean().sqrt())
+            )
+    step, _, outcome, _, _ = judge(model, replay, *replay.spread(10_000, where))
+    ends = model.ending(model.verdict(outcome.ending, lambda x: x.mean(0)))
+    counts, errors, edges_x, edges_y = place_map(model, replay, bins=6)
+    places = [
+        dict(
+            x=[edges_x[i].item(), edges_x[i + 1].item()],
+            y=[edges_y[j].item(), edges_y[j + 1].item()],
+            fitted_steps=int(counts[i, j]),
+            error=errors[i, j].item(),
+        )
+        for i, j in (~errors.isnan()).nonzero().tolist()
+    ]
+    by_horizon = {k: float(curve[k - 1]) for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= len(curve)}
+    endings = dict(steps=len(ends), expected=float(ends.sum()), real=int(step.terminated.sum()))
+    return dict(error_by_horizon=by_horizon, reward_error_by_size=by_size, error_by_place=places, endings=endings)
+
+
+def place_map(model: WorldModel, replay: Replay, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over the first two observation columns: fitted steps (bins, bins), one-step error on held-out steps (NaN where there are none), edges (bins + 1) twice."""
+    obs = replay.steps.obs.flatten(0, 1)[:, [0, min(1, replay.steps.obs.shape[-1] - 1)]]
+    low, high = obs.amin(0), obs.amax(0)
+    cell = ((obs - low) / (high - low).clamp(min=1e-9) * bins).long().clamp(0, bins - 1)
+    cell = cell[:, 0] * bins + cell[:, 1]
+    held_out = replay.held_out.flatten()
+    t, n = replay.spread(10_000, replay.held_out)
+    step, expected, _, _, _ = judge(model, replay, t, n)
+    error = ((expected.mean - step.next_obs) / model.change_scale.std).square().mean(0)
+    error = (error * ~model.binary).sum(-1) / (~model.binary).sum().clamp(min=1)
+    here = cell.view_as(replay.age)[t, n]
+    total = error.new_zeros(bins * bins).index_add(0, here, error)
+    number = torch.bincount(here, minlength=bins * bins)
+    counts = torch.bincount(cell[~held_out], minlength=bins * bins).view(bins, bins)
+    edges = [torch.linspace(float(a), float(b), bins + 1) for a, b in zip(low, high)]
+    return counts, torch.where(number > 0, total / number, torch.nan).sqrt().view(bins, bins), *edges
+
+
+def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
+    """reward_histogram.png, dreams.png and map.png; all on held-out episodes. Draws nothing while no episode is held out."""
+    if not replay.held_out.any():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def page(rows, columns, width, height):
+        return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+
+    def write(figure, name):
+        figure.savefig(folder / name, dpi=110)
+        plt.close(figure)
+
+    real, expected = (x.cpu() for x in expected_rewards(model, replay, replay.held_out))
+    figure, axes = page(1, 2, 11, 4.5)
+    bins = torch.linspace(float(min(real.min(), expected.min())), float(max(real.max(), expected.max())) + 1e-6, 61)
+    axes[0, 0].hist([real, expected], bins, label=["real", "predicted"], histtype="step", linewidth=1.5)
+    axes[0, 0].set(yscale="log", xlabel="reward", ylabel="held-out steps", title="Rewards, real and predicted")
+    axes[0, 0].legend()
+    axes[0, 1].scatter(real, expected, s=4, alpha=0.5)
+    axes[0, 1].axline((0, 0), slope=1, color="gray", linewidth=0.8)
+    axes[0, 1].set(xlabel="real reward", ylabel="predicted reward", title="Step by step")
+    write(figure, "reward_histogram.png")
+
+    t, n = ((replay.age == 0) & replay.held_out).nonzero(as_tuple=True)
+    path, steps, exists = open_loop(model, replay, t[-1:], n[-1:], 200)  # the newest held-out episode, from its beginning
+    length = int(exists.sum())
+    path, truth = path[:length, :, 0].cpu(), steps.next_obs[:length, 0].cpu()
+    columns = min(4, truth.shape[1])
+    figure, axes = page(math.ceil(truth.shape[1] / columns), columns, 3.2 * columns, 2.6 * math.ceil(truth.shape[1] / columns))
+    for i, axis in zip(range(truth.shape[1]), axes.flat):
+        axis.fill_between(range(1, length + 1), path[:, :, i].amin(1), path[:, :, i].amax(1), alpha=0.2, color="tab:orange")
+        axis.plot(range(1, length + 1), path[:, :, i], color="tab:orange", linewidth=0.6)
+        axis.plot(range(1, length + 1), truth[:, i], color="black", linewidth=1.2)
+        axis.set(title=f"obs[{i}]", xlabel="steps")
+    figure.suptitle("A held-out episode (black) as each member dreams it, without correction, under the same actions (orange)")
+    write(figure, "dreams.png")
+
+    counts, errors, edges_x, edges_y = (x.cpu() for x in place_map(model, replay, bins=24))
+    figure, axes = page(1, 2, 12, 4.8)
+    for axis, values, label in (
+        (axes[0, 0], torch.where(counts > 0, counts, torch.nan).log10(), "fitted steps, log10"),
+        (axes[0, 1], errors, "one-step error, held-out"),
+    ):
+        axis.set_facecolor("0.85")
+        mesh = axis.pcolormesh(edges_x, edges_y, values.T)
+        figure.colorbar(mesh, ax=axis, label=label)
+        axis.set(xlabel="obs[0]", ylabel="obs[1]")
+    axes[0, 0].set_title("Where there is data (grey: none)")
+    axes[0, 1].set_title("Where the model is accurate (grey: not measured)")
+    write(figure, "map.png")
+
+
+# -------------------------------------------------------------------------------------------------------------- command line
+
+
+def load_replay(run_dir: Path, holdout: int, newest: int) -> Replay:
+    """The real steps in a run's newest checkpoint."""
+    files = sorted((run_dir / "checkpoint").glob("*.safetensors"))
+    try:
+        steps = Rollout(**{name: load_file(files[-1])[f"replay.{name}"] for name in Rollout._fields})
+    except (IndexError, KeyError, OSError, SafetensorError) as error:
+        raise UsageError(f"{run_dir} holds no checkpoint with real steps of a learned model: {error}.")
+    replay = Replay(steps.obs.shape[1], steps.obs.shape[2], holdout, newest)
+    replay.add(steps)
+    if not replay.held_out.any():
+        raise UsageError(f"{run_dir} has too few episodes to hold one out; let it run on.")
+    return replay
+
+
+@settings_command(ModelSettings)
+def main(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a run in a learned model.")],
+    updates: Annotated[int, typer.Option(min=1, max=10_000_000, help="Gradient steps of the fit, from scratch.")] = 3000,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Decides everything random.")] = 0,
+    given: dict = {},
+):
+    """Fits a fresh world model to the data of a run and says where it is wrong: by horizon, by size of the reward, by place.
+
+    Flags go before the run's own settings. Numbers go to RUN_DIR/world_model/diagnosis.json, pictures beside it.
+    """
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    try:
+        config = json.loads((run_dir / "config.json").read_text())
+        settings = ModelSettings(**{f.name: config[f.name] for f in dataclasses.fields(ModelSettings)} | given)
+        folder = run_dir / "world_model"
+        folder.mkdir(exist_ok=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run_dir} is not the folder of a run: {error}.")
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    replay = load_replay(run_dir, settings.wm_holdout, settings.wm_newest)
+    model = WorldModel(replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1, settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.wm_lr, weight_decay=settings.wm_weight_decay, fused=True)
+    console, chunks = Console(), max(1, updates // 100)
+    for _ in track(range(math.ceil(updates / chunks)), "fitting", console=console, disable=not console.is_terminal):
+        fit(model, optimizer, replay, chunks, settings.wm_batch)
+    result = diagnose(model, replay)
+    (folder / "diagnosis.json").write_text(json.dumps(result, indent=1))
+    draw_diagnosis(model, replay, folder)
+
+    def show(title, head, rows):
+        table = Table(*head, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row))
+        console.print(table)
+
+    show("Open-loop error by horizon (standard deviations of a step's change)", ("steps", "error"), result["error_by_horizon"].items())
+    show(
+        "Reward error by the reward's distance from the median",
+        ("distance", "steps", "RMSE"),
+        [(k, v["steps"], v["rmse"]) for k, v in result["reward_error_by_size"].items()],
+    )
+    place = sorted(result["error_by_place"], key=lambda p: -p["error"])[:8]
+    show("Worst places (of a 6 x 6 grid over obs[0] and obs[1])", ("obs[0]", "obs[1]", "fitted steps", "error"), [("{:.2f} to {:.2f}".format(*p["x"]), "{:.2f} to {:.2f}".format(*p["y"]), p["fitted_steps"], p["error"]) for p in place])  # fmt: skip
+    show("Endings on held-out steps", ("steps", "expected", "real"), [tuple(result["endings"].values())])
+    console.print(f"Pictures and numbers are in {folder}", highlight=False)
+
+
+def run_command(command):
+    """Runs a Typer app: bad input is one sentence and exit status 2, a failing disk one sentence and exit status 1."""
+    try:
+        command()
+    except UsageError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"Error: a file could not be read or written: {error}.", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    app.command()(main)
+    run_command(app)
