@@ -332,6 +332,17 @@ class Outcome(NamedTuple):
     ending: Tensor  # logit that it ends here, not yet calibrated
 
 
+class Imagined(NamedTuple):
+    """One imagined step of B dreams."""
+
+    features: Tensor  # (B, F) of the observation and action it began with
+    next_obs: Tensor  # (B, O)
+    reward: Tensor  # (B)
+    terminated: Tensor  # (B) bool
+    hidden: Tensor  # (E, B, H)
+    disagreement: Tensor  # (B)
+
+
 def squared_error(error: Tensor, logvar: Tensor) -> Tensor:
     return error.square()
 
@@ -404,29 +415,32 @@ class WorldModel(nn.Module):
                 scale.fit(rewards)
                 range.copy_(torch.stack([rewards.min(), rewards.max()]))
 
+    @property
+    def numbers(self) -> Tensor:
+        """(O): 1 for columns that are numbers, 0 for binary ones."""
+        return (~self.binary).to(self.obs_low.dtype)
+
     def features(self, obs: Tensor, action: Tensor) -> Tensor:
         """(..., O) and (...) -> (..., F): the normalised observation and the action as one-hot."""
         return torch.cat([self.obs_scale(obs), F.one_hot(action, self.num_actions).to(obs.dtype)], -1)
 
-    def transition(self, obs: Tensor, action: Tensor, hidden: Tensor) -> Transition:
-        """obs (E, B, O), action (E, B), hidden (E, B, H) -> the distribution of the next observation."""
+    def transition(self, x: Tensor, obs: Tensor, hidden: Tensor) -> Transition:
+        """Features x (E, B, F) of obs (E, B, O), hidden (E, B, H) -> the distribution of the next observation."""
+        here, logvar, logit = self.dynamics(torch.cat([x, hidden], -1)).chunk(3, -1)
 
-        def network(obs):
-            return self.dynamics(torch.cat([self.features(obs, action), hidden], -1)).chunk(3, -1)
-
-        here, logvar, logit = network(obs)
-
-        def field(at):  # the first evaluation, at obs itself, is at hand; only RK4 asks for more
-            return torch.where(self.binary, 0, self.target_unit(here if at is obs else network(at)[0]))
+        def field(at):
+            if at is obs:  # known already; only RK4 asks for more
+                return self.numbers * self.target_unit(here)
+            there = torch.cat([self.obs_scale(at), x[..., len(self.binary) :], hidden], -1)
+            return self.numbers * self.target_unit(self.dynamics(there).chunk(3, -1)[0])
 
         logvar = self.MAX_LOGVAR - F.softplus(self.MAX_LOGVAR - logvar)  # soft bounds (Chua et al., 2018, appendix A.1)
         logvar = self.MIN_LOGVAR + F.softplus(logvar - self.MIN_LOGVAR)
         return Transition(self.integrate(field, obs), logvar, logit)
 
-    def outcome(self, obs: Tensor, action: Tensor, next_obs: Tensor, hidden: Tensor) -> Outcome:
-        """obs, next_obs (E, B, O), action (E, B), hidden (E, B, H) -> reward and ending."""
-        change = self.see(self.change_scale(next_obs - obs))
-        return Outcome(*self.heads(torch.cat([self.features(obs, action), change, hidden], -1)).unbind(-1))
+    def outcome(self, x: Tensor, change: Tensor, hidden: Tensor) -> Outcome:
+        """Features x (E, B, F) of a step, change (E, B, O) = next_obs - obs, hidden (E, B, H) -> reward and ending."""
+        return Outcome(*self.heads(torch.cat([x, self.see(self.change_scale(change)), hidden], -1)).unbind(-1))
 
     # --- learning
 
@@ -440,7 +454,7 @@ class WorldModel(nn.Module):
         losses, length = 0, len(x)
         for i in range(length):
             if i >= length - self.memory.window:
-                losses = losses + self.step_loss(Rollout(*(field[i] for field in steps)), hidden, valid[i]) / self.memory.window
+                losses = losses + self.step_loss(x[i], Rollout(*(field[i] for field in steps)), hidden, valid[i]) / self.memory.window
             hidden = self.memory(x[i], hidden) * valid[i, ..., None]
         dynamics, reward, last_reward, ending = losses.sum(-1)
         window = x[length - self.autoencoder.window :, 0].transpose(0, 1)  # one member's batch is enough for the one autoencoder
@@ -448,13 +462,13 @@ class WorldModel(nn.Module):
             dynamics=dynamics, reward=reward, last_reward=last_reward, ending=ending, autoencoder=self.autoencoder.loss(window).mean()
         )
 
-    def step_loss(self, step: Rollout, hidden: Tensor, valid: Tensor) -> Tensor:
+    def step_loss(self, x: Tensor, step: Rollout, hidden: Tensor, valid: Tensor) -> Tensor:
         """(4, E): dynamics, reward, last reward, ending. Rewards of endings are learned apart, so that +-100 does not drown the rest."""
-        mean, logvar, logit = self.transition(step.obs, step.actions, hidden)
+        mean, logvar, logit = self.transition(x, step.obs, hidden)
         numbers = self.error((step.next_obs - mean) / self.change_scale.std, logvar)
         flags = F.binary_cross_entropy_with_logits(logit, step.next_obs.clamp(0, 1), reduction="none")
         dynamics = torch.where(self.binary, flags, numbers).mean(-1)
-        reward, last_reward, ending = self.outcome(step.obs, step.actions, step.next_obs, hidden)
+        reward, last_reward, ending = self.outcome(x, step.next_obs - step.obs, hidden)
         reward = self.point_error(self.reward_scale(step.rewards[..., None])[..., 0] - reward, None)
         last_reward = self.point_error(self.last_reward_scale(step.rewards[..., None])[..., 0] - last_reward, None)
         surprise = F.binary_cross_entropy_with_logits(ending, step.terminated.to(ending.dtype), reduction="none")
@@ -475,7 +489,7 @@ class WorldModel(nn.Module):
         x = self.features(steps.obs, steps.actions) * valid[..., None]
         hidden = x.new_zeros(self.members, x.shape[1], self.memory.size)
         for i in range(len(x)):
-            hidden = self.memory(x[i].expand(self.members, -1, -1), hidden) * valid[i, :, None]
+            hidden = self.memory(self.everyone(x[i]), hidden) * valid[i, :, None]
         return hidden, x[len(x) - (self.autoencoder.window - 1) :].transpose(0, 1)
 
     def everyone(self, x: Tensor) -> Tensor:
@@ -495,8 +509,12 @@ class WorldModel(nn.Module):
 
     def disagreement(self, expected: Transition) -> Tensor:
         """(E, B, O) -> (B): standard deviation over the members' means, root mean square over the columns that are numbers."""
-        variance = (expected.mean / self.change_scale.std).var(0, correction=0)
-        return ((variance * ~self.binary).sum(-1) / (~self.binary).sum().clamp(min=1)).sqrt()
+        apart = (expected.mean - expected.mean.mean(0)) / self.change_scale.std
+        return self.mean_over_numbers(apart.square().mean(0)).sqrt()
+
+    def mean_over_numbers(self, x: Tensor) -> Tensor:
+        """(..., O) -> (...): mean over the columns that are not binary."""
+        return (x * self.numbers).sum(-1) / self.numbers.sum().clamp(min=1)
 
     def rewards(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
         """Reward if the episode goes on, and if it ends here; both in the environment's units and within the range of those seen."""
@@ -508,23 +526,21 @@ class WorldModel(nn.Module):
         return torch.sigmoid(self.calibration[0] * logit + self.calibration[1])
 
     @torch.no_grad()
-    def imagine(self, obs: Tensor, action: Tensor, hidden: Tensor, member: Tensor):
-        """One imagined step of B dreams, each in the member it belongs to.
-
-        obs (B, O), action (B), hidden (E, B, H), member (B) -> next_obs (B, O), reward (B), terminated (B) bool, hidden (E, B, H), disagreement (B).
-        """
+    def imagine(self, obs: Tensor, action: Tensor, hidden: Tensor, member: Tensor) -> Imagined:
+        """One step of B dreams, each in the `member` (B) it belongs to, from obs (B, O) and hidden (E, B, H) under action (B)."""
 
         def own(x):  # (E, B, ...) -> (B, ...)
             return x[member, dream]
 
-        dream, all_obs, all_action = torch.arange(len(obs), device=obs.device), self.everyone(obs), self.everyone(action)
-        expected = self.transition(all_obs, all_action, hidden)
+        x = self.features(obs, action)
+        dream, all_x, all_obs = torch.arange(len(obs), device=obs.device), self.everyone(x), self.everyone(obs)
+        expected = self.transition(all_x, all_obs, hidden)
         next_obs = self.draw(Transition(*map(own, expected)))
-        outcome = self.outcome(all_obs, all_action, self.everyone(next_obs), hidden)
+        outcome = self.outcome(all_x, self.everyone(next_obs - obs), hidden)
         terminated = torch.rand(len(obs), device=obs.device) < self.ending(self.verdict(outcome.ending, own))
-        reward, last_reward = map(own, self.rewards(outcome))
-        hidden = self.memory(self.features(all_obs, all_action), hidden)
-        return next_obs, torch.where(terminated, last_reward, reward), terminated, hidden, self.disagreement(expected)
+        reward, last_reward = self.rewards(Outcome(*map(own, outcome)))
+        reward = torch.where(terminated, last_reward, reward)
+        return Imagined(x, next_obs, reward, terminated, self.memory(all_x, hidden), self.disagreement(expected))
 
 
 def fit(
@@ -559,10 +575,10 @@ def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor):
     window, valid = replay.window(t, n, model.context, 1)
     hidden, history = model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
     step = Rollout(*(x[-1] for x in window))
-    obs, action = model.everyone(step.obs), model.everyone(step.actions)
-    expected = model.transition(obs, action, hidden)
-    outcome = model.outcome(obs, action, model.everyone(step.next_obs), hidden)
-    unusual = model.autoencoder.error(torch.cat([history, model.features(step.obs, step.actions)[:, None]], 1))
+    x = model.features(step.obs, step.actions)
+    expected = model.transition(model.everyone(x), model.everyone(step.obs), hidden)
+    outcome = model.outcome(model.everyone(x), model.everyone(step.next_obs - step.obs), hidden)
+    unusual = model.autoencoder.error(torch.cat([history, x[:, None]], 1))
     return step, expected, outcome, model.disagreement(expected), unusual
 
 
@@ -636,8 +652,8 @@ class Dream:
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N); `obs` moves on to a new start where a dream is over."""
         m = self.model
-        next_obs, reward, terminated, hidden, disagreement = m.imagine(self.obs, actions, self.hidden, self.member)
-        window = torch.cat([self.history, m.features(self.obs, actions)[:, None]], 1)
+        x, next_obs, reward, terminated, hidden, disagreement = m.imagine(self.obs, actions, self.hidden, self.member)
+        window = torch.cat([self.history, x[:, None]], 1)
         uncertainty = torch.stack([disagreement, m.autoencoder.error(window)], -1) / m.typical @ self.weights
         reward = reward - self.penalty * m.reward_scale.std * uncertainty
         self.age += 1
@@ -669,12 +685,12 @@ def plan(model: WorldModel, obs: Tensor, hidden: Tensor, horizon: int, candidate
         at, memory = (model.everyone(obs.repeat_interleave(candidates, 0)), hidden.repeat_interleave(candidates, 1))
         score, alive = 0, 1
         for k in range(horizon):
-            action = model.everyone(sequences[..., k].flatten())
-            next_at = model.draw(model.transition(at, action, memory))
-            outcome = model.outcome(at, action, next_at, memory)
+            x = model.features(at, model.everyone(sequences[..., k].flatten()))
+            next_at = model.draw(model.transition(x, at, memory))
+            outcome = model.outcome(x, next_at - at, memory)
             ends, (reward, last_reward) = model.ending(outcome.ending), model.rewards(outcome)
             score = score + gamma**k * alive * (ends * last_reward + (1 - ends) * reward)
-            alive, at, memory = alive * (1 - ends), next_at, model.memory(model.features(at, action), memory)
+            alive, at, memory = alive * (1 - ends), next_at, model.memory(x, memory)
         best = score.view(E, N, candidates).mean(0).topk(max(1, candidates // 10), -1).indices
         elite = sequences.gather(1, best[..., None].expand(-1, -1, horizon))
         chances = 0.1 * chances + 0.9 * F.one_hot(elite, A).to(obs.dtype).mean(1)
@@ -695,11 +711,10 @@ def open_loop(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, length: i
     real, exists = replay.window(t, n, 0, length)
     at, path = model.everyone(real.obs[0]), []
     for k in range(length):
-        action = model.everyone(real.actions[k])
-        next_at = torch.clamp(model.most_likely(model.transition(at, action, hidden)), model.obs_low, model.obs_high)
-        hidden = model.memory(model.features(at, action), hidden)
-        path.append(next_at)
-        at = next_at
+        x = model.features(at, model.everyone(real.actions[k]))
+        at = torch.clamp(model.most_likely(model.transition(x, at, hidden)), model.obs_low, model.obs_high)
+        hidden = model.memory(x, hidden)
+        path.append(at)
     return torch.stack(path), real, exists
 
 
@@ -708,7 +723,7 @@ def error_curve(model: WorldModel, replay: Replay, length: int, where: Tensor) -
     t, n = replay.spread(512, where)
     path, real, exists = open_loop(model, replay, t, n, length)
     error = ((path - real.next_obs[:, None]) / model.change_scale.std).square()
-    error = ((error * ~model.binary).sum(-1) / (~model.binary).sum().clamp(min=1)).mean(1)  # (K, B)
+    error = model.mean_over_numbers(error).mean(1)  # (K, B)
     return masked_mean(error, exists).sqrt()[exists.any(1)]
 
 
@@ -779,7 +794,7 @@ def place_map(model: WorldModel, replay: Replay, bins: int) -> tuple[Tensor, Ten
     t, n = replay.spread(10_000, replay.held_out)
     step, expected, _, _, _ = judge(model, replay, t, n)
     error = ((expected.mean - step.next_obs) / model.change_scale.std).square().mean(0)
-    error = (error * ~model.binary).sum(-1) / (~model.binary).sum().clamp(min=1)
+    error = model.mean_over_numbers(error)
     here = cell.view_as(replay.age)[t, n]
     total = error.new_zeros(bins * bins).index_add(0, here, error)
     number = torch.bincount(here, minlength=bins * bins)
