@@ -12,12 +12,14 @@ Shapes: T time, N environments or dreams, O observation, A actions, B minibatch.
 """
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import time
@@ -145,6 +147,7 @@ class Settings(ModelSettings):
 
 
 def read_settings_file(path: str, known: dict) -> dict:
+    """The settings in a JSON file, such as the config.json of another run. Raises UsageError for names that are not known."""
     try:
         file = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -152,11 +155,9 @@ def read_settings_file(path: str, known: dict) -> dict:
     if not isinstance(file, dict):
         raise UsageError(f"--config {path} must hold one JSON object of settings.")
     for name in file.keys() - known.keys():
-        import difflib
-
         near = difflib.get_close_matches(name, known, 1)
         raise UsageError(f"--config {path} has an unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
-    return file
+    return {name: value for name, value in file.items() if name not in ("run_dir", "config", "fresh")}  # where, not what
 
 
 # --------------------------------------------------------------------------------------------------------- real environments
@@ -370,13 +371,13 @@ def train_ppo(run: "Run"):
 
     while run.goes_on():
         temperature = run.temperature()
-        with run.phase("acting"):
-            rollout = collect(env, lambda obs: agent.act(obs.to(s.device), temperature).cpu(), run.steps_left(s.num_steps), run.tick)
-            run.real_steps += rollout.actions.numel()
+        run.phase("acting")
+        rollout = collect(env, lambda obs: agent.act(obs.to(s.device), temperature).cpu(), run.steps_left(s.num_steps), run.tick)
+        run.real_steps += rollout.actions.numel()
         scale.update(rollout)
-        with run.phase("learning"):
-            scaled = Rollout(*(x.to(s.device) for x in rollout._replace(rewards=scale(rollout.rewards))))
-            log = ppo_update(agent, optimizer, scaled, s, temperature)
+        run.phase("learning")
+        scaled = Rollout(*(x.to(s.device) for x in rollout._replace(rewards=scale(rollout.rewards))))
+        log = ppo_update(agent, optimizer, scaled, s, temperature)
         run.end_iteration(log)
 
 
@@ -402,14 +403,14 @@ def train_simple(run: "Run"):
     run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
-        with run.phase("gathering"):  # lines 3 and 4: collect observations from the real environment
-            rollout = gather(run, env, explorer.act, replay)
-            scale.update(rollout)
-        with run.phase("fitting"):  # line 5: update the model on all of them
-            log = fit(model, model_optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
-            agent.normaliser.load_state_dict(model.obs_scale.state_dict())
-        with run.phase("dreaming"):  # line 6: improve the policy inside the model
-            log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
+        run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
+        rollout = gather(run, env, explorer.act, replay)
+        scale.update(rollout)
+        run.phase("fitting")  # line 5: update the model on all of them
+        log = fit(model, model_optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
+        agent.normaliser.load_state_dict(model.obs_scale.state_dict())
+        run.phase("dreaming")  # line 6: improve the policy inside the model
+        log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
         run.end_iteration(log)
 
 
@@ -475,10 +476,10 @@ def train_mpc(run: "Run"):
     run.begin(planner, policy=model, parts=dict(model=model, optimizer=optimizer, replay=replay, env=env))
 
     while run.goes_on():
-        with run.phase("gathering"):
-            gather(run, env, planner, replay)
-        with run.phase("fitting"):
-            log = fit(model, optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
+        run.phase("gathering")
+        gather(run, env, planner, replay)
+        run.phase("fitting")
+        log = fit(model, optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
         run.end_iteration(log)
 
 
@@ -604,8 +605,8 @@ class Run:
         self.real_steps = self.imagined_steps = self.iteration = 0
         self.steps_to_solve = None
         self.wall, self.cpu, self.signal = time.perf_counter(), time.process_time(), None
-        self.threshold = gym.spec(settings.env_id).reward_threshold
-        self.threshold = 200.0 if self.threshold is None else self.threshold
+        threshold = make_env(settings.env_id).spec.reward_threshold
+        self.threshold = 200.0 if threshold is None else threshold  # what counts as solved
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         try:
@@ -669,10 +670,8 @@ class Run:
         s = self.settings
         return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * self.real_steps / s.total_steps
 
-    @contextlib.contextmanager
     def phase(self, name: str):
-        self.view.phase(name)
-        yield
+        self.view.now = name
 
     def tick(self):
         """Called in every long loop: leaves if a signal has asked for it."""
@@ -695,12 +694,12 @@ class Run:
 
     def evaluation(self) -> dict:
         """Greedy, 20 episodes to follow progress and 100 once these average the threshold. Nothing depends on it but the log."""
-        with self.phase("evaluating"):
-            scores = play(self.act, self.settings.env_id, 20, 10_000, self.tick)
-            if scores.returns.mean() >= self.threshold:
-                scores = play(self.act, self.settings.env_id, 100, 10_000, self.tick)
-                if scores.returns.mean() >= self.threshold and self.steps_to_solve is None:
-                    self.steps_to_solve = self.real_steps
+        self.phase("evaluating")
+        scores = play(self.act, self.settings.env_id, 20, 10_000, self.tick)
+        if scores.returns.mean() >= self.threshold:
+            scores = play(self.act, self.settings.env_id, 100, 10_000, self.tick)
+            if scores.returns.mean() >= self.threshold and self.steps_to_solve is None:
+                self.steps_to_solve = self.real_steps
         self.evaluated = self.real_steps
         return scores.row()
 
@@ -793,12 +792,12 @@ class Run:
 
     def finish(self) -> dict:
         """The final score, the summary, the pictures."""
-        with self.phase("final evaluation"):
-            summary = self.summarise("finished", play(self.act, self.settings.env_id, 100, 20_000, self.tick))
-        with self.phase("drawing"):
-            draw_training(self.rows(), self.threshold, self.folder / "training.png")
-            if "model" in self.parts:
-                draw_diagnosis(self.parts["model"], self.parts["replay"], self.folder)
+        self.phase("final evaluation")
+        summary = self.summarise("finished", play(self.act, self.settings.env_id, 100, 20_000, self.tick))
+        self.phase("drawing")
+        draw_training(self.rows(), self.threshold, self.folder / "training.png")
+        if "model" in self.parts:
+            draw_diagnosis(self.parts["model"], self.parts["replay"], self.folder)
         return summary
 
     def on_signal(self, number, frame):
@@ -823,15 +822,11 @@ def surroundings(s: Settings) -> dict:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-    cpu = (
-        [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        if Path("/proc/cpuinfo").exists()
-        else []
+    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    machine = dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count())
+    return dict(
+        python=platform.python_version(), **versions, commit=commit.stdout.strip() or None, **machine, threads=s.threads, device=s.device
     )
-    machine = dict(
-        platform=platform.platform(), cpu=(cpu or [platform.processor()])[0], cores=os.cpu_count(), threads=s.threads, device=s.device
-    )
-    return dict(python=platform.python_version(), **versions, commit=commit.stdout.strip() or None, **machine)
 
 
 def random_actions(s: Settings):
@@ -888,9 +883,6 @@ class View:
         for i in range(0, len(cells), 3):
             table.add_row(*cells[i : i + 3])
         return Group(self.progress, table)
-
-    def phase(self, name: str):
-        self.now = name
 
     def tick(self, run: Run):
         if self.live:
@@ -988,7 +980,6 @@ def train(ctx: typer.Context, given: dict):
     if ctx.invoked_subcommand is not None:
         return
     settings, view = Settings.resolve(given), View()
-    make_env(settings.env_id).close()
     check_device(settings.device)
     run = Run(settings, view)
     summary_file = run.folder / "summary.json"
