@@ -150,9 +150,8 @@ class Replay:
         began[0] = True
         time = torch.arange(len(began), device=began.device)[:, None]
         self.age = time - torch.where(began, time, 0).cummax(0).values  # (T, N) steps since the episode began
-        self.held_out = (began.cumsum(0) - 1) % self.holdout == min(
-            2, self.holdout - 1
-        )  # (T, N) the third episode is the first one held out
+        episode = began.cumsum(0) - 1
+        self.held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
         self.recent = (time >= len(began) - self.newest) if self.newest else torch.ones_like(began)
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
@@ -167,24 +166,22 @@ class Replay:
     def load_state_dict(self, state: dict):
         self.add(Rollout(**state))
 
-    def sample(self, shape: tuple, where: Tensor) -> tuple[Tensor, Tensor]:
-        """Random indices (t, n) of the given shape, uniform over the steps at which `where` (T, N) holds."""
-        t, n = where.nonzero(as_tuple=True)
-        pick = torch.randint(len(t), shape, device=t.device)
-        return t[pick], n[pick]
-
-    def spread(self, limit: int, where: Tensor) -> tuple[Tensor, Tensor]:
-        """At most `limit` indices (t, n), evenly spaced over the steps at which `where` holds: no randomness is used up by measuring."""
-        t, n = where.nonzero(as_tuple=True)
-        pick = torch.linspace(0, len(t) - 1, min(limit, len(t)), device=t.device).long()
-        return t[pick], n[pick]
-
     def rare(self, binary: Tensor, reach: int) -> Tensor:
         """(T, N): steps within `reach` of something rare: an ending, a flip of a binary column, a reward outside the central 99 %."""
         low, high = quantiles(self.steps.rewards, 0.005, 0.995)
         flip = ((self.steps.obs != self.steps.next_obs) & binary).any(-1)
         event = self.steps.terminated | flip | (self.steps.rewards < low) | (self.steps.rewards > high)
         return F.max_pool1d(event.T.float(), 2 * reach + 1, 1, reach).T > 0
+
+
+def sample(where: Tensor, shape: tuple) -> tuple[Tensor, Tensor]:
+    """Random indices (t, n) of the given shape, uniform over the rows (t, n) of `where`, such as a mask's nonzero()."""
+    return where[torch.randint(len(where), shape, device=where.device)].unbind(-1)
+
+
+def spread(where: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """At most `limit` of the rows (t, n) of `where`, evenly spaced: no randomness is used up by measuring."""
+    return where[torch.linspace(0, len(where) - 1, min(limit, len(where)), device=where.device).long()].unbind(-1)
 
 
 def quantiles(x: Tensor, *q: float) -> list[Tensor]:
@@ -551,12 +548,12 @@ def fit(
     Held-out episodes are not fitted; they calibrate endings and uncertainty. `tick` is called after each update. Returns mean losses.
     """
     model.adapt(replay)
-    where = ~replay.held_out & replay.recent
-    where = where if where.any() else replay.recent
+    where = (~replay.held_out & replay.recent).nonzero()
+    where = where if len(where) else replay.recent.nonzero()
     before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
     windows = max(1, batch // model.memory.window)
     for _ in range(updates):
-        window, valid = replay.window(*replay.sample((model.members, windows), where), before, 1)
+        window, valid = replay.window(*sample(where, (model.members, windows)), before, 1)
         losses = model.loss(window, valid)
         optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
@@ -583,9 +580,13 @@ def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor):
 
 
 def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
-    """Sets the ending's calibration (Platt, 1999, with a prior towards no change) and the typical uncertainty, both on held-out real steps."""
+    """Sets the ending's calibration and the typical uncertainty, both on held-out real steps.
+
+    Slope and shift of the logit (Platt, 1999) minimise the Brier score, with a prior towards no change. Under the log score a single ending
+    that the model held impossible would flatten the slope until dreams die everywhere; the Brier score is proper too, but bounded.
+    """
     unseen = replay.held_out if replay.held_out.any() else torch.ones_like(replay.held_out)
-    step, _, outcome, disagreement, unusual = judge(model, replay, *replay.spread(limit, unseen))
+    step, _, outcome, disagreement, unusual = judge(model, replay, *spread(unseen.nonzero(), limit))
     model.typical.copy_(torch.stack([quantiles(disagreement, 0.95)[0], quantiles(unusual, 0.95)[0]]).clamp(min=1e-6))
     logit = model.verdict(outcome.ending, lambda x: x.mean(0))
     free = torch.tensor([0.0, 0.0], device=logit.device, requires_grad=True)  # log slope, shift
@@ -593,8 +594,8 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
 
     def objective():
         lbfgs.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(free[0].exp() * logit + free[1], step.terminated.to(logit.dtype), reduction="sum")
-        loss = loss + (free / torch.tensor([0.2, 1.0], device=free.device)).square().sum() / 2
+        brier = (torch.sigmoid(free[0].exp() * logit + free[1]) - step.terminated.to(logit.dtype)).square().sum()
+        loss = brier + (free / torch.tensor([0.3, 1.0], device=free.device)).square().sum() / 2
         loss.backward()
         return loss
 
@@ -617,7 +618,9 @@ class Dream:
         self, model: WorldModel, replay: Replay, num_envs: int, settings: ModelSettings, beginnings: float, rare: float, realign: int = 0
     ):
         self.model, self.replay, self.num_envs, self.realign = model, replay, num_envs, realign or math.inf
-        self.beginnings, self.rare = beginnings, rare
+        self.beginnings, self.rare, recent = beginnings, rare, replay.recent
+        kinds = (replay.age == 0) & recent, replay.rare(model.binary, reach=10) & recent, recent
+        self.places = [(kind if kind.any() else recent).nonzero() for kind in kinds]
         s = settings
         self.weights = torch.tensor(
             [float(s.uncertainty in ("ensemble", "both")), s.wm_autoencoder * (s.uncertainty in ("autoencoder", "both"))]
@@ -629,12 +632,9 @@ class Dream:
 
     def starts(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Real states to dream from, with their past: obs (B, O), hidden (E, B, H), history (B, W - 1, F)."""
-        begin, kinds = self.replay.recent & (self.replay.age == 0), torch.rand(number, device=self.member.device)
-        begin = begin if begin.any() else self.replay.recent
-        rare = self.replay.rare(self.model.binary, reach=10) & self.replay.recent
-        rare = rare if rare.any() else self.replay.recent
-        choices = [torch.stack(self.replay.sample((number,), where)) for where in (begin, rare, self.replay.recent)]
-        t, n = torch.where(kinds < self.beginnings, choices[0], torch.where(kinds < self.beginnings + self.rare, choices[1], choices[2]))
+        kind = torch.rand(number, device=self.member.device)
+        beginning, rare, anywhere = (torch.stack(sample(where, (number,))) for where in self.places)
+        t, n = torch.where(kind < self.beginnings, beginning, torch.where(kind < self.beginnings + self.rare, rare, anywhere))
         window, valid = self.replay.window(t, n, self.model.context, 1)
         return window.obs[-1], *self.model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
 
@@ -720,7 +720,7 @@ def open_loop(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, length: i
 
 def error_curve(model: WorldModel, replay: Replay, length: int, where: Tensor) -> Tensor:
     """(K): root mean square open-loop error after 1 .. K steps, K <= length, as far as episodes among `where` (T, N) last."""
-    t, n = replay.spread(512, where)
+    t, n = spread(where.nonzero(), 512)
     path, real, exists = open_loop(model, replay, t, n, length)
     error = ((path - real.next_obs[:, None]) / model.change_scale.std).square()
     error = model.mean_over_numbers(error).mean(1)  # (K, B)
@@ -748,7 +748,7 @@ def measure(model: WorldModel, replay: Replay, length: int = 20) -> dict[str, fl
 
 def expected_rewards(model: WorldModel, replay: Replay, where: Tensor, limit: int = 4096) -> tuple[Tensor, Tensor]:
     """Real rewards (B) and the ensemble's expectation of them, endings included, at real steps among `where`."""
-    step, _, outcome, _, _ = judge(model, replay, *replay.spread(limit, where))
+    step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), limit))
     (reward, last_reward), ends = model.rewards(outcome), model.ending(outcome.ending)
     return step.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
 
@@ -767,7 +767,7 @@ def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
             by_size[f"{low:.3g} to {high:.3g}"] = dict(
                 steps=int(inside.sum()), rmse=float((real - expected)[inside].square().mean().sqrt())
             )
-    step, _, outcome, _, _ = judge(model, replay, *replay.spread(10_000, where))
+    step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), 10_000))
     ends = model.ending(model.verdict(outcome.ending, lambda x: x.mean(0)))
     counts, errors, edges_x, edges_y = place_map(model, replay, bins=6)
     places = [
@@ -791,7 +791,7 @@ def place_map(model: WorldModel, replay: Replay, bins: int) -> tuple[Tensor, Ten
     cell = ((obs - low) / (high - low).clamp(min=1e-9) * bins).long().clamp(0, bins - 1)
     cell = cell[:, 0] * bins + cell[:, 1]
     held_out = replay.held_out.flatten()
-    t, n = replay.spread(10_000, replay.held_out)
+    t, n = spread(replay.held_out.nonzero(), 10_000)
     step, expected, _, _, _ = judge(model, replay, t, n)
     error = ((expected.mean - step.next_obs) / model.change_scale.std).square().mean(0)
     error = model.mean_over_numbers(error)
@@ -822,10 +822,11 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
     real, expected = (x.cpu() for x in expected_rewards(model, replay, replay.held_out))
     figure, axes = page(1, 2, 11, 4.5)
     bins = torch.linspace(float(min(real.min(), expected.min())), float(max(real.max(), expected.max())) + 1e-6, 61)
-    axes[0, 0].hist([real, expected], bins, label=["real", "predicted"], histtype="step", linewidth=1.5)
+    axes[0, 0].hist(real, bins, label="real", color="0.7")
+    axes[0, 0].hist(expected, bins, label="predicted", histtype="step", color="tab:orange", linewidth=1.5)
     axes[0, 0].set(yscale="log", xlabel="reward", ylabel="held-out steps", title="Rewards, real and predicted")
     axes[0, 0].legend()
-    axes[0, 1].scatter(real, expected, s=4, alpha=0.5)
+    axes[0, 1].scatter(real, expected, s=4, alpha=0.5, color="tab:orange")
     axes[0, 1].axline((0, 0), slope=1, color="gray", linewidth=0.8)
     axes[0, 1].set(xlabel="real reward", ylabel="predicted reward", title="Step by step")
     write(figure, "reward_histogram.png")
@@ -846,16 +847,14 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
 
     counts, errors, edges_x, edges_y = (x.cpu() for x in place_map(model, replay, bins=24))
     figure, axes = page(1, 2, 12, 4.8)
-    for axis, values, label in (
-        (axes[0, 0], torch.where(counts > 0, counts, torch.nan).log10(), "fitted steps, log10"),
-        (axes[0, 1], errors, "one-step error, held-out"),
-    ):
-        axis.set_facecolor("0.85")
-        mesh = axis.pcolormesh(edges_x, edges_y, values.T)
+    panels = (
+        ("Where there is data", "fitted steps (grey: none)", counts),
+        ("Where the model is accurate", "one-step error, held-out (grey: not measured)", errors),
+    )
+    for axis, (title, label, values) in zip(axes[0], panels):
+        mesh = axis.pcolormesh(edges_x, edges_y, torch.where(values > 0, values, torch.nan).T, norm="log")
         figure.colorbar(mesh, ax=axis, label=label)
-        axis.set(xlabel="obs[0]", ylabel="obs[1]")
-    axes[0, 0].set_title("Where there is data (grey: none)")
-    axes[0, 1].set_title("Where the model is accurate (grey: not measured)")
+        axis.set(title=title, xlabel="obs[0]", ylabel="obs[1]", facecolor="0.85")
     write(figure, "map.png")
 
 
