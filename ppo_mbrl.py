@@ -80,7 +80,8 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_temperatures: str = setting("0.3,1,2.5", "Each real episode that feeds the model is acted at one of these temperatures, drawn anew.", panel="Real environment")
+    gather_temperatures: str = setting("0.3,1,2.5", "Temperatures of the policy where it gathers data for the model; one of them is drawn at a time.", panel="Real environment")
+    gather_stretch: int = setting(50, "Mean number of real steps until the next of these temperatures is drawn; 0: one for each episode.", 0, 10**9, "Real environment")
 
     gamma: float = setting(0.99, "Discount.", 0, 1, "PPO", ppo=0.999)
     gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
@@ -116,7 +117,7 @@ class Settings(ModelSettings):
         file = read_settings_file(given["config"], known) if given.get("config") else {}
         chosen = file | given
         mode = chosen.get("mode", known["mode"].default)
-        return cls(**{name: f.metadata["modes"][mode] for name, f in known.items() if mode in f.metadata["modes"]} | chosen)
+        return cls(**{name: f.metadata["modes"][mode] for name, f in known.items() if mode in list(f.metadata["modes"])} | chosen)
 
     def __post_init__(self):
         super().__post_init__()
@@ -389,7 +390,7 @@ def train_simple(run: "Run"):
     optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
     model_optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
-    scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s.temperatures(), s.device)
+    scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s.temperatures(), s.gather_stretch, s.device)
     parts = dict(
         agent=agent,
         optimizer=optimizer,
@@ -452,18 +453,21 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 
 
 class Explorer(nn.Module):
-    """The agent in the real environment: at the start of each episode it draws how hot it acts."""
+    """The agent in the real environment. How hot it acts is drawn at the start of each episode, and again every `stretch` steps in the mean:
+    a cool stretch leads to where the policy has learned to go, a hot one tries from there what it would not do."""
 
-    def __init__(self, agent: Agent, env: Environments, temperatures: list[float], device: str):
+    def __init__(self, agent: Agent, env: Environments, temperatures: list[float], stretch: int, device: str):
         super().__init__()
-        self.agent, self.env, self.device = [agent], env, device  # a list, so that the agent is not saved twice
+        self.agent, self.env, self.device = [agent], env, device  # in a list, so that the agent is not saved twice
+        self.chance = 1 / stretch if stretch else 0.0
         self.register_buffer("choices", torch.tensor(temperatures), persistent=False)
-        self.register_buffer("temperature", torch.ones(len(env.obs), 1))
+        self.register_buffer("temperature", torch.ones(len(env.obs)))
 
     def act(self, obs: Tensor) -> Tensor:
         drawn = self.choices[torch.randint(len(self.choices), self.temperature.shape)]
-        self.temperature = torch.where(self.env.first[:, None], drawn, self.temperature)
-        return self.agent[0].act(obs.to(self.device), self.temperature.to(self.device)).cpu()
+        anew = self.env.first | (torch.rand(self.temperature.shape) < self.chance)
+        self.temperature = torch.where(anew, drawn, self.temperature)
+        return self.agent[0].act(obs.to(self.device), self.temperature[:, None].to(self.device)).cpu()
 
 
 def train_mpc(run: "Run"):
@@ -508,11 +512,13 @@ class Scores(NamedTuple):
         }
 
 
+@torch.random.fork_rng()
 def play(act, env_id: str, episodes: int, seed: int, tick=lambda: None, frames: list | None = None) -> Scores:
     """Plays one episode on each of the environment seeds seed, seed + 1, ...; act(obs (n, O)) -> actions (n). `frames` collects pictures of the first."""
     envs = evaluation_envs(env_id, episodes) if frames is None else [make_env(env_id, render_mode="rgb_array") for _ in range(episodes)]
     obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     returns, lengths, timeouts, alive = np.zeros(episodes), np.zeros(episodes, int), np.zeros(episodes, bool), list(range(episodes))
+    torch.manual_seed(seed)  # for policies that draw, such as a planner
     while alive:
         actions = act(torch.as_tensor(np.array([obs[i] for i in alive], dtype=np.float32))).tolist()
         if frames is not None and 0 in alive:
@@ -651,11 +657,12 @@ class Run:
         self.act, self.module, self.parts = act, policy, parts
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        restored = self.restore()
-        self.finished_before = restored and not self.goes_on() and (self.folder / "summary.json").exists()
+        restored, summary, self.finished_before = self.restore(), self.folder / "summary.json", False
+        with contextlib.suppress(OSError, ValueError):
+            self.finished_before = restored and not self.goes_on() and json.loads(summary.read_text())["status"] == "finished"
         if not self.finished_before:
             self.view.start(self)
-            (self.folder / "summary.json").unlink(missing_ok=True)
+            summary.unlink(missing_ok=True)
         if not restored:
             self.log(self.evaluation())
 
@@ -744,7 +751,7 @@ class Run:
             stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest(), real_steps=self.real_steps)).encode()
         )
         policy = {name: x.cpu().contiguous() for name, x in self.module.state_dict().items() if not name.startswith("critic")}
-        write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id, "mode": self.settings.mode}))
+        write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))
         kept = sorted(stem.parent.glob("*.json"))[-2:]
         for old in stem.parent.iterdir():
             if old.with_suffix(".json") not in kept:
@@ -1018,6 +1025,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Plays a trained policy greedily and prints its score."""
+    if gif and not gif.absolute().parent.is_dir():
+        raise UsageError(f"The GIF can't be written to {gif}: there is no such folder.")
     settings, act = load_policy(run_dir)
     frames = [] if gif else None
     scores = play(act, settings.env_id, episodes, seed, frames=frames)

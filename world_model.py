@@ -89,7 +89,7 @@ def checked(f: dataclasses.Field, value):
             f"{flag} must be {dict(int='a whole number', float='a number', bool='true or false', str='text')[f.type.__name__]}, not {value!r}."
         )
     if f.type in (int, float) and not low <= value <= high:  # `not <=` refuses NaN too
-        raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value:g}.")
+        raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value}.")
     return value
 
 
@@ -152,7 +152,7 @@ class Replay:
         self.age = time - torch.where(began, time, 0).cummax(0).values  # (T, N) steps since the episode began
         episode = began.cumsum(0) - 1
         self.held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
-        self.recent = (time >= len(began) - self.newest) if self.newest else torch.ones_like(began)
+        self.recent = (time >= (len(began) - self.newest if self.newest else 0)).expand_as(began)  # (T, N)
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
@@ -819,9 +819,9 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
 
-    real, expected = (x.cpu() for x in expected_rewards(model, replay, replay.held_out))
+    real, expected = (x.cpu().numpy() for x in expected_rewards(model, replay, replay.held_out))
     figure, axes = page(1, 2, 11, 4.5)
-    bins = torch.linspace(float(min(real.min(), expected.min())), float(max(real.max(), expected.max())) + 1e-6, 61)
+    bins = torch.linspace(float(min(real.min(), expected.min())), float(max(real.max(), expected.max())) + 1e-6, 61).numpy()
     axes[0, 0].hist(real, bins, label="real", color="0.7")
     axes[0, 0].hist(expected, bins, label="predicted", histtype="step", color="tab:orange", linewidth=1.5)
     axes[0, 0].set(yscale="log", xlabel="reward", ylabel="held-out steps", title="Rewards, real and predicted")
@@ -834,11 +834,11 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
     t, n = ((replay.age == 0) & replay.held_out).nonzero(as_tuple=True)
     path, steps, exists = open_loop(model, replay, t[-1:], n[-1:], 200)  # the newest held-out episode, from its beginning
     length = int(exists.sum())
-    path, truth = path[:length, :, 0].cpu(), steps.next_obs[:length, 0].cpu()
+    path, truth = path[:length, :, 0].cpu().numpy(), steps.next_obs[:length, 0].cpu().numpy()
     columns = min(4, truth.shape[1])
     figure, axes = page(math.ceil(truth.shape[1] / columns), columns, 3.2 * columns, 2.6 * math.ceil(truth.shape[1] / columns))
     for i, axis in zip(range(truth.shape[1]), axes.flat):
-        axis.fill_between(range(1, length + 1), path[:, :, i].amin(1), path[:, :, i].amax(1), alpha=0.2, color="tab:orange")
+        axis.fill_between(range(1, length + 1), path[:, :, i].min(1), path[:, :, i].max(1), alpha=0.2, color="tab:orange")
         axis.plot(range(1, length + 1), path[:, :, i], color="tab:orange", linewidth=0.6)
         axis.plot(range(1, length + 1), truth[:, i], color="black", linewidth=1.2)
         axis.set(title=f"obs[{i}]", xlabel="steps")
@@ -852,7 +852,8 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
         ("Where the model is accurate", "one-step error, held-out (grey: not measured)", errors),
     )
     for axis, (title, label, values) in zip(axes[0], panels):
-        mesh = axis.pcolormesh(edges_x, edges_y, torch.where(values > 0, values, torch.nan).T, norm="log")
+        shown = values.where(values > 0, torch.nan).T.numpy()
+        mesh = axis.pcolormesh(edges_x.numpy(), edges_y.numpy(), shown, norm="log" if (shown > 0).any() else None)
         figure.colorbar(mesh, ax=axis, label=label)
         axis.set(title=title, xlabel="obs[0]", ylabel="obs[1]", facecolor="0.85")
     write(figure, "map.png")

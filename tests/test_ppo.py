@@ -1,0 +1,355 @@
+"""PPO, its environments and its agent: each promise against sums and loops written out by hand."""
+
+import itertools
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ppo_mbrl
+from ppo_mbrl import Agent, Environments, ReturnScale, Settings, compute_gae, fates, outcome, pack, ppo_loss, ppo_update, unpack
+from world_model import Rollout, UsageError
+
+# --------------------------------------------------------------------------------------------------------------- advantages
+
+
+def random_steps(T: int, N: int, seed: int, obs_dim: int = 3, num_actions: int = 4, p: float = 0.2, dtype=torch.float64) -> Rollout:
+    rng = np.random.default_rng(seed)
+    ended, cut = rng.random((T, N)) < p, rng.random((T, N)) < p
+    obs, next_obs = (torch.as_tensor(rng.normal(size=(T, N, obs_dim)), dtype=dtype) for _ in range(2))
+    rewards = torch.as_tensor(rng.normal(size=(T, N)), dtype=dtype)
+    return Rollout(
+        obs, torch.as_tensor(rng.integers(num_actions, size=(T, N))), rewards, next_obs, torch.tensor(ended), torch.tensor(cut & ~ended)
+    )
+
+
+def brute_force_gae(r: Rollout, v, next_v, gamma: float, lam: float) -> np.ndarray:
+    """The definition: A_t = sum over l of (gamma lambda)^l delta_{t+l}, as far as t's own episode goes."""
+    T, N = r.rewards.shape
+    A = np.zeros((T, N))
+    for n, t in itertools.product(range(N), range(T)):
+        for k in range(t, T):
+            future = 0.0 if r.terminated[k, n] else float(next_v[k, n])  # an ending has no future, a time-out has
+            A[t, n] += (gamma * lam) ** (k - t) * (float(r.rewards[k, n]) + gamma * future - float(v[k, n]))
+            if r.terminated[k, n] or r.truncated[k, n]:
+                break
+    return A
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.sampled_from([0.0, 0.1, 0.5]), st.floats(0, 1), st.floats(0, 1))
+def test_advantages_are_the_sum_that_defines_them(seed, T, p, gamma, lam):
+    rollout = random_steps(T, 2, seed, p=p)
+    v, next_v = torch.as_tensor(np.random.default_rng(seed + 1).normal(size=(2, T, 2)))
+    advantages, returns = compute_gae(rollout, v, next_v, gamma, lam)
+    expected = brute_force_gae(rollout, v, next_v, gamma, lam)
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-5)  # the discounts are single precision
+    np.testing.assert_allclose(returns.numpy(), expected + v.numpy(), atol=1e-5)
+
+
+def test_time_outs_are_worth_their_future_and_endings_are_not():
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for ended, expected in ((True, 1.0), (False, 1.0 + 0.9 * 10)):
+        step = Rollout(one[..., None], one.long(), one, one[..., None], torch.tensor([[ended]]), torch.tensor([[not ended]]))
+        assert float(compute_gae(step, 0 * one, 10 * one, 0.9, 0.95)[1]) == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the loss
+
+
+def small_agent(seed: int = 0) -> Agent:
+    torch.manual_seed(seed)
+    agent = Agent(3, 4, 8).double()
+    torch.nn.init.normal_(agent.actor[-1].weight)  # far from uniform
+    agent.normaliser.mean.normal_(), agent.normaliser.std.uniform_(0.5, 2)
+    return agent
+
+
+def minibatches(monkeypatch, acting: float, learning: float) -> list[dict]:
+    """What ppo_loss reports of each minibatch, when actions were drawn at one temperature and the update is told another."""
+    agent, infos = small_agent(), []
+    rollout = random_steps(16, 4, seed=1)
+    rollout = rollout._replace(actions=torch.stack([agent.act(obs, acting) for obs in rollout.obs]))
+
+    def recorded(*args):
+        logprobs, old = args[0].logprobs(args[1], acting).gather(-1, args[2][:, None])[:, 0], args[3]
+        infos.append({"difference": float((logprobs - old).detach().abs().max())} | ppo_loss(*args)[1])
+        return ppo_loss(*args)
+
+    monkeypatch.setattr(ppo_mbrl, "ppo_loss", recorded)
+    ppo_update(agent, torch.optim.Adam(agent.parameters(), 1e-2), rollout, Settings(minibatch=16, epochs=1), learning)
+    assert len(infos) == 4
+    return infos
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+def test_the_ratio_is_one_before_the_first_step(monkeypatch, temperature):
+    first, *_, last = minibatches(monkeypatch, temperature, temperature)
+    assert first["difference"] < 1e-12 and abs(first["ppo/approx_kl"]) < 1e-14 and first["ppo/clip_fraction"] == 0
+    assert last["difference"] > 1e-4 and last["ppo/approx_kl"] > 1e-8  # and not after it
+
+
+def test_the_temperature_of_the_update_is_the_one_it_is_told(monkeypatch):
+    assert minibatches(monkeypatch, 1.0, 2.0)[0]["difference"] > 0.05
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_is_that_of_a_loop_written_by_hand(temperature):
+    agent, s, B = small_agent(), Settings(clip=0.2, value_coef=0.7, entropy_coef=0.05), 12
+    rng = np.random.default_rng(3)
+    obs, actions = torch.as_tensor(rng.normal(size=(B, 3))), torch.as_tensor(rng.integers(4, size=B))
+    old, advantages, returns = rng.normal(-1.4, 0.5, B), rng.normal(2, 3, B), rng.normal(size=B)
+    policy = value = entropy = kl = clipped = 0.0
+    normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    for i in range(B):
+        x = [(float(obs[i, j]) - float(agent.normaliser.mean[j])) / float(agent.normaliser.std[j]) for j in range(3)]
+        logits = [float(y) / temperature for y in agent.actor(torch.tensor(x, dtype=torch.float64)).detach()]
+        total = sum(math.exp(y) for y in logits)
+        p = [math.exp(y) / total for y in logits]
+        ratio = p[int(actions[i])] / math.exp(old[i])
+        bounded = min(max(ratio, 0.8), 1.2)
+        policy += min(ratio * normalised[i], bounded * normalised[i]) / B
+        value += (float(agent.critic(torch.tensor(x, dtype=torch.float64)).detach()) - returns[i]) ** 2 / 2 / B
+        entropy -= sum(q * math.log(q) for q in p) / B
+        kl += (ratio - 1 - math.log(ratio)) / B
+        clipped += (abs(ratio - 1) > 0.2) / B
+    as_tensors = [torch.as_tensor(x) for x in (old, advantages, returns)]
+    loss, info = ppo_loss(agent, obs, actions, *as_tensors, s, temperature)
+    assert float(loss.detach()) == pytest.approx(-policy + 0.7 * value - 0.05 * entropy, abs=1e-9)
+    by_hand = {"ppo/approx_kl": kl, "ppo/entropy": entropy, "ppo/clip_fraction": clipped, "ppo/value_loss": value}
+    assert {name: float(x) for name, x in info.items()} == pytest.approx(by_hand, abs=1e-6)
+    assert 0 < clipped < 1
+
+
+def test_the_entropy_bonus_lowers_the_loss_when_entropy_rises():
+    obs, zeros = torch.randn(20, 3, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)
+    losses, entropies = [], []
+    for sharpness in (3.0, 1.0, 0.1):
+        agent = small_agent()
+        with torch.no_grad():
+            agent.actor[-1].weight.mul_(sharpness)
+        args = (
+            agent,
+            obs,
+            zeros.long(),
+            zeros,
+            zeros,
+            agent.value(obs).detach(),
+        )  # equal advantages and no value error: entropy alone is left
+        losses.append(float(ppo_loss(*args, Settings(entropy_coef=0.1))[0].detach()))
+        entropies.append(float(ppo_loss(*args, Settings())[1]["ppo/entropy"]))
+    assert entropies[0] < entropies[1] < entropies[2]
+    np.testing.assert_allclose(losses, -0.1 * np.array(entropies), atol=1e-9)
+
+
+def test_an_update_makes_rewarded_actions_likelier():
+    agent = small_agent()
+    obs = torch.randn(64, 4, 3, dtype=torch.float64)
+    actions = torch.randint(4, (64, 4))
+    over = torch.ones(64, 4, dtype=torch.bool)
+    rollout = Rollout(obs, actions, (actions == 2).double(), obs, over, ~over)
+    before = agent.logprobs(obs).exp()[..., 2].mean()
+    for _ in range(10):
+        ppo_update(agent, torch.optim.Adam(agent.parameters(), 1e-3), rollout, Settings(minibatch=64, entropy_coef=0.0))
+    assert agent.logprobs(obs).exp()[..., 2].mean() > before + 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------------- the agent
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_actions_are_drawn_with_the_probabilities_of_the_policy(temperature):
+    agent, number = small_agent(), 40_000
+    obs = torch.randn(1, 3, dtype=torch.float64)
+    logits = agent.actor((obs - agent.normaliser.mean) / agent.normaliser.std)[0].detach()
+    p = torch.tensor([math.exp(float(x) / temperature) for x in logits])
+    p = p / p.sum()
+    share = torch.bincount(agent.act(obs.expand(number, 3), temperature), minlength=4) / number
+    assert ((share - p).abs() < 5 * (p * (1 - p) / number).sqrt() + 1e-4).all(), (share, p)
+    assert agent.greedy(obs).item() == int(logits.argmax())
+
+
+def test_rewards_are_divided_by_the_spread_of_the_discounted_return():
+    rollout, scale, seen = random_steps(50, 3, seed=5), ReturnScale(3, 0.9), []
+    for part in (slice(0, 20), slice(20, 50)):
+        scale.update(Rollout(*(x[part] for x in rollout)))
+    for n in range(3):
+        total = 0.0
+        for t in range(50):
+            total = 0.9 * total + float(rollout.rewards[t, n])
+            seen.append(total)
+            if rollout.terminated[t, n] or rollout.truncated[t, n]:
+                total = 0.0
+    np.testing.assert_allclose(scale(rollout.rewards).numpy(), rollout.rewards.numpy() / np.std(seen), rtol=1e-9)
+
+
+def test_the_fates_of_dreams_add_up():
+    rollout = random_steps(30, 7, seed=6)
+    result, dreams, good, bad, alive, cut = fates(rollout), 0, 0, 0, 0, 0
+    for n in range(7):
+        open_ = False
+        for t in range(30):
+            dreams, open_ = dreams + (not open_), True
+            if rollout.terminated[t, n]:
+                good, bad, open_ = good + bool(rollout.rewards[t, n] > 0), bad + bool(rollout.rewards[t, n] <= 0), False
+            elif rollout.truncated[t, n]:
+                cut, open_ = cut + 1, False
+        alive += open_
+    assert good + bad + alive + cut == dreams
+    shares = [
+        result["dream/positive_end_share"],
+        result["dream/negative_end_share"],
+        result["dream/alive_share"],
+        result["dream/return_mean"],
+    ]
+    assert shares == pytest.approx([good / dreams, bad / dreams, alive / dreams, float(rollout.rewards.sum()) / dreams])
+
+
+# ------------------------------------------------------------------------------------------------------------ real environments
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3"])
+def test_environments_are_gymnasiums_vector_environment(env_id):
+    N, seed = 3, 7
+    ours = Environments(env_id, N, seed)
+    theirs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * N, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    theirs.reset(seed=[int(x) for x in np.random.SeedSequence(seed).generate_state(N, np.uint64)])
+    obs, _ = theirs.reset()  # the reset that seeds is not the one that is played
+    rng, overs = np.random.default_rng(0), 0
+    assert ours.first.all()
+    for _ in range(500):
+        assert np.array_equal(ours.obs.numpy(), obs)
+        actions = rng.integers(ours.num_actions, size=N)
+        reward, next_obs, terminated, truncated = ours.step(torch.as_tensor(actions))
+        obs, real_reward, ended, cut, info = theirs.step(actions)
+        over = ended | cut
+        final = np.array([info["final_obs"][i] if over[i] else obs[i] for i in range(N)])
+        assert np.array_equal(next_obs.numpy(), final) and np.array_equal(reward.numpy(), real_reward.astype(np.float32))
+        assert np.array_equal(terminated.numpy(), ended) and np.array_equal(truncated.numpy(), cut & ~ended)
+        assert np.array_equal(ours.first.numpy(), over)
+        overs += over.sum()
+    assert overs > 5
+    theirs.close()
+
+
+def test_a_time_out_is_truncated_and_not_terminated():
+    env, cuts = Environments("CartPole-v1", 1, 0), 0
+    steps = 0
+    for _ in range(700):
+        angle, speed = env.obs[0, 2], env.obs[0, 3]
+        _, _, terminated, truncated = env.step(torch.tensor([int(angle + speed + 0.1 * env.obs[0, 0] + 0.2 * env.obs[0, 1] > 0)]))
+        steps += 1
+        assert not terminated.any()
+        if truncated.any():
+            assert steps == 500
+            cuts += 1
+    assert cuts == 1
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3"])
+@pytest.mark.parametrize("moment", [0, 37, 150])
+def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, moment):
+    env, rng = Environments(env_id, 3, 1), np.random.default_rng(1)
+    draw = lambda: torch.as_tensor(rng.integers(env.num_actions, size=3))  # noqa: E731
+    for _ in range(moment):
+        env.step(draw())
+    state, obs = unpack(pack(env.state_dict(), tensors := {}), tensors), env.obs.clone()
+    later = [draw() for _ in range(200)]
+    original = [[*env.step(a), env.obs, env.first] for a in later]
+    other = Environments(env_id, 3, 999)
+    other.load_state_dict(state)
+    assert torch.equal(other.obs, obs)
+    copy = [[*other.step(a), other.obs, other.first] for a in later]
+    assert all(torch.equal(x, y) for a, b in zip(original, copy) for x, y in zip(a, b))
+    assert sum(int(step[2].sum()) for step in original) > 2
+
+
+def test_no_two_environments_of_any_run_share_a_random_stream():
+    streams = [tuple(int(x) for x in np.random.SeedSequence(seed).generate_state(16, np.uint64)) for seed in range(100)]
+    assert len({x for stream in streams for x in stream}) == 1600
+    env = Environments("CartPole-v1", 16, 5)
+    for own, stream in zip(env.envs, streams[5]):
+        fresh = gym.make("CartPole-v1")
+        fresh.reset(seed=stream)
+        fresh.reset()
+        assert own.unwrapped.np_random.bit_generator.state == fresh.unwrapped.np_random.bit_generator.state
+    assert len({tuple(x) for x in env.obs.tolist()}) == 16
+
+
+class Counted(gym.Env):
+    """Actions 5, 6 and 7; the reward is the action. After seven steps it both ends and runs out of time."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(3, start=5)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        return np.full(2, self.t / 10, np.float32), float(action), self.t == 7, self.t == 7, {}
+
+
+def registered(name: str, **kwargs) -> str:
+    """The id of an environment made of an entry point."""
+    if name not in gym.registry:
+        gym.register(name, **kwargs)
+    return name
+
+
+def test_actions_may_start_anywhere_and_an_ending_at_the_time_limit_is_an_ending():
+    env = Environments(registered("Counted-v0", entry_point=Counted), 2, 0)
+    assert env.num_actions == 3
+    for t in range(1, 15):
+        reward, next_obs, terminated, truncated = env.step(torch.tensor([0, 2]))
+        assert reward.tolist() == [5.0, 7.0] and torch.allclose(next_obs, torch.tensor((t - 1) % 7 + 1) / 10)
+        assert terminated.tolist() == [t % 7 == 0] * 2 and not truncated.any()
+
+
+class Odd(gym.Env):
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+@pytest.mark.parametrize(
+    "observation, action, part",
+    [
+        (gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), gym.spaces.Discrete(2), "flat Box"),
+        (gym.spaces.Discrete(4), gym.spaces.Discrete(2), "flat Box"),
+        (gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,)), "Discrete actions"),
+        (gym.spaces.Box(-1, 1, (3,)), gym.spaces.MultiDiscrete([2, 2]), "Discrete actions"),
+    ],
+)
+def test_environments_that_do_not_fit_are_refused_in_one_sentence(observation, action, part):
+    name = registered(
+        f"Odd{hash((repr(observation), repr(action)))}-v0", entry_point=Odd, kwargs=dict(observation_space=observation, action_space=action)
+    )
+    with pytest.raises(UsageError, match=part) as caught:
+        ppo_mbrl.make_env(name)
+    assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------- how a run turned out
+
+
+@pytest.mark.parametrize(
+    "curve, final, expected",
+    [
+        ([-200, 0, 150, 230, 240], 235, "solved"),
+        ([-200, -180, 100, 150, 160, 140, -200, -220, -210], -215, "collapsed"),
+        ([-200, -180, 100, 150, 160, 140, -200, -220, -210], 210, "solved"),  # the final score alone decides
+        ([-200, -100, -20, -10, -15, -12, -14, -11], -12, "stuck"),  # well above random, and flat
+        ([-200, -190, -205, -195, -200, -198], -200, "other"),  # never better than random
+        ([-200, -100, 0, 20, -90, 60, -100, 120], 20, "other"),  # neither flat nor fallen
+        ([-200], -150, "other"),
+        ([-180, -60], -20, "other"),
+    ],
+)
+def test_a_run_is_called_what_its_curve_shows(curve, final, expected):
+    assert outcome(curve, final, threshold=200, random=-180) == expected
