@@ -97,11 +97,12 @@ class Settings(ModelSettings):
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
     rounds: int = setting(10, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
-    dreams: int = setting(500, "Dreams side by side.", 1, 10**7, "Dreams")
-    horizon: int = setting(60, "Imagined steps of each dream in an update; 0 lets the held-out open-loop error decide.", 0, 100_000, "Dreams")
-    horizon_max: int = setting(100, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
+    dreams: int = setting(400, "Dreams side by side.", 1, 10**7, "Dreams")
+    dream_steps: int = setting(60, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
+    horizon: int = setting(60, "A dream is cut, and its value goes on, after so many steps; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
+    horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    realign: int = setting(0, "After so many imagined steps a dream goes on from a real state; 0: never.", 0, 100_000, "Dreams")
+    realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.3, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
 
@@ -408,7 +409,9 @@ def train_simple(run: "Run"):
         rollout = gather(run, env, explorer.act, replay)
         scale.update(rollout)
         run.phase("fitting")  # line 5: update the model on all of them
-        log = fit(model, model_optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
+        log = fit(model, model_optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates, s.wm_batch, run.tick) | measure(
+            model, replay
+        )
         agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
@@ -418,13 +421,12 @@ def train_simple(run: "Run"):
 def dream_and_improve(
     run: "Run", agent: Agent, optimizer: torch.optim.Optimizer, model: WorldModel, replay: Replay, scale: ReturnScale
 ) -> dict:
-    """`rounds` PPO updates, each on new dreams. No real step is taken. Returns means over the rounds."""
+    """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds."""
     s, temperature = run.settings, run.temperature()
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
-    dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, s.realign), []
+    dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), []
     for _ in range(s.rounds):
-        dream.reset()
-        rollout = collect(dream, lambda obs: agent.act(obs, temperature), horizon, run.tick)
+        rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
         run.imagined_steps += rollout.actions.numel()
         log = ppo_update(agent, optimizer, rollout._replace(rewards=scale(rollout.rewards)), s, temperature)
         logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
@@ -483,7 +485,9 @@ def train_mpc(run: "Run"):
         run.phase("gathering")
         gather(run, env, planner, replay)
         run.phase("fitting")
-        log = fit(model, optimizer, replay, s.wm_updates, s.wm_batch, run.tick) | measure(model, replay)
+        log = fit(model, optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates, s.wm_batch, run.tick) | measure(
+            model, replay
+        )
         run.end_iteration(log)
 
 

@@ -60,7 +60,8 @@ class ModelSettings:
     wm_lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1)
     wm_weight_decay: float = setting(1e-5, "Decoupled weight decay.", 0, 1)
     wm_batch: int = setting(256, "Real steps in a minibatch of each member.", 1, 1_000_000)
-    wm_updates: int = setting(300, "Gradient steps an iteration.", 0, 10_000_000)
+    wm_updates: int = setting(200, "Gradient steps an iteration.", 0, 10_000_000)
+    wm_first_updates: int = setting(1000, "Gradient steps of the first fit: a policy that starts in a bad model learns to exploit it.", 0, 10_000_000)
     wm_newest: int = setting(0, "Fit to the newest so many real steps of each environment only; 0 keeps everything.", 0, 1_000_000_000)
     wm_holdout: int = setting(10, "Every so-manieth episode is held out to measure the model.", 2, 1_000_000)
     wm_margin: float = setting(0.1, "Imagined observations are clipped to the range of the data plus this share of it.", 0, 1e6)
@@ -611,24 +612,23 @@ class Dream:
 
     Each dream belongs to one member for good: drawing the member anew at every step would average its systematic errors away (Chua et al., 2018,
     TS-infinity). It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
-    else any. Where it ends, grows too uncertain, or after `realign` steps away from the data, a new one starts in its place.
+    else any. Where it ends, grows too uncertain, or is `horizon` steps old, a new one starts in its place. Every `realign` steps (0: never) all
+    dreams are moved to the nearest real observation.
     """
 
-    def __init__(
-        self, model: WorldModel, replay: Replay, num_envs: int, settings: ModelSettings, beginnings: float, rare: float, realign: int = 0
-    ):
-        self.model, self.replay, self.num_envs, self.realign = model, replay, num_envs, realign or math.inf
+    def __init__(self, model: WorldModel, replay: Replay, num_envs: int, settings, beginnings=0.0, rare=0.0, horizon=math.inf, realign=0):
+        self.model, self.replay, self.num_envs, self.horizon, self.realign = model, replay, num_envs, horizon, realign
         self.beginnings, self.rare, recent = beginnings, rare, replay.recent
         kinds = (replay.age == 0) & recent, replay.rare(model.binary, reach=10) & recent, recent
         self.places = [(kind if kind.any() else recent).nonzero() for kind in kinds]
-        s = settings
-        self.weights = torch.tensor(
-            [float(s.uncertainty in ("ensemble", "both")), s.wm_autoencoder * (s.uncertainty in ("autoencoder", "both"))]
-        )
+        self.known = replay.steps.obs[spread(recent.nonzero(), 4096)]
+        s, device = settings, model.binary.device
+        ensemble, autoencoder = s.uncertainty in ("ensemble", "both"), s.uncertainty in ("autoencoder", "both")
+        self.weights = torch.tensor([float(ensemble), s.wm_autoencoder * autoencoder], device=device)
         self.limit = s.uncertainty_limit if s.uncertainty_use == "end" else math.inf
         self.penalty = s.uncertainty_penalty if s.uncertainty_use == "penalise" else 0.0
-        self.weights = self.weights.to(model.binary.device)
-        self.member = torch.arange(num_envs, device=model.binary.device) % model.members
+        self.member = torch.arange(num_envs, device=device) % model.members
+        self.reset()
 
     def starts(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Real states to dream from, with their past: obs (B, O), hidden (E, B, H), history (B, W - 1, F)."""
@@ -644,8 +644,7 @@ class Dream:
         self.pool = self.starts(3 * self.num_envs)
         self.obs, self.hidden, self.history = self.pool[0][: self.num_envs], self.pool[1][:, : self.num_envs], self.pool[2][: self.num_envs]
         self.age = torch.zeros(self.num_envs, device=self.member.device)
-        self.disagreement = torch.zeros((), device=self.member.device)  # mean over all steps since the reset
-        self.steps = 0
+        self.disagreement, self.steps = torch.zeros((), device=self.member.device), 0  # mean disagreement over all steps since the reset
         return self.obs
 
     @torch.no_grad()
@@ -657,7 +656,10 @@ class Dream:
         uncertainty = torch.stack([disagreement, m.autoencoder.error(window)], -1) / m.typical @ self.weights
         reward = reward - self.penalty * m.reward_scale.std * uncertainty
         self.age += 1
-        truncated = ((uncertainty > self.limit) | (self.age >= self.realign)) & ~terminated
+        self.steps += 1
+        if self.realign and self.steps % self.realign == 0:
+            next_obs = self.nearest(next_obs)
+        truncated = ((uncertainty > self.limit) | (self.age >= self.horizon)) & ~terminated
 
         over = terminated | truncated
         obs, hidden_0, history = self.pool
@@ -666,9 +668,13 @@ class Dream:
         self.hidden = torch.where(over[:, None], hidden_0[:, fresh], hidden)
         self.history = torch.where(over[:, None, None], history[fresh], window[:, 1:])
         self.age = torch.where(over, 0, self.age)
-        self.steps += 1
         self.disagreement += (disagreement.mean() - self.disagreement) / self.steps
         return reward, next_obs, terminated, truncated
+
+    def nearest(self, obs: Tensor) -> Tensor:
+        """(N, O) -> the nearest of the real observations at hand (N, O), in standard deviations."""
+        scale = self.model.obs_scale
+        return self.known[torch.cdist(scale(obs), scale(self.known)).argmin(-1)]
 
 
 @torch.no_grad()

@@ -462,7 +462,7 @@ def test_each_dream_stays_in_its_own_member():
 # --------------------------------------------------------------------------------------------------------------- uncertainty
 
 
-def quarrelsome(use: str, uncertainty: str = "ensemble", limit: float = 1.0, realign: int = 0, members: int = 3, ends=None):
+def quarrelsome(use: str, uncertainty: str = "ensemble", limit: float = 1.0, members: int = 3, ends=None, **bounds):
     """A dream whose members disagree in proportion to the observation: member e changes it by e * obs / 10."""
     s = ModelSettings(wm_likelihood="squared", wm_ensemble=members, uncertainty=uncertainty, uncertainty_use=use, uncertainty_limit=limit,
                       uncertainty_penalty=0.7)  # fmt: skip
@@ -471,7 +471,7 @@ def quarrelsome(use: str, uncertainty: str = "ensemble", limit: float = 1.0, rea
     model.typical.copy_(torch.tensor([0.05, 1.0]))
     share = torch.arange(members)[:, None, None] / 10
     model.dynamics = TrueDynamics(model, lambda obs, action: share * obs, model.change_scale)
-    return model, replay, Dream(model, replay, 200, s, 0.0, 0.0, realign)
+    return model, replay, Dream(model, replay, 200, s, **bounds)
 
 
 def by_hand(obs: np.ndarray, members: int = 3) -> np.ndarray:
@@ -515,18 +515,35 @@ def test_an_ensemble_of_one_agrees_with_itself():
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_realigned_dreams_are_cut_after_exactly_k_steps_and_go_on_from_a_real_state(k):
-    _, replay, dream = quarrelsome("end", "none", realign=k)
+def test_dreams_are_cut_at_the_horizon_and_new_ones_begin_at_real_states(k):
+    _, replay, dream = quarrelsome("end", "none", horizon=k)
     seen = {tuple(x) for x in replay.steps.obs.flatten(0, 1).tolist()}
-    dream.reset()
     for step in range(1, 3 * k + 1):
         _, next_obs, terminated, truncated = dream.step(torch.ones(200, dtype=torch.long))
         assert truncated.tolist() == [step % k == 0] * 200 and not terminated.any()
         real = [tuple(x) in seen for x in dream.obs.tolist()]
         assert all(real) if step % k == 0 else torch.equal(dream.obs, next_obs)
-    _, _, endless = quarrelsome("end", "none", realign=0)
-    endless.reset()
+    _, _, endless = quarrelsome("end", "none")
     assert not any(endless.step(torch.ones(200, dtype=torch.long))[3].any() for _ in range(30))
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_realigned_dreams_move_to_the_nearest_real_observation_and_go_on(k):
+    model, replay, dream = quarrelsome("end", "none", realign=k)
+    real = replay.steps.obs.flatten(0, 1).numpy()
+    for step in range(1, 3 * k + 1):
+        x, action = dream.obs, torch.ones(200, dtype=torch.long)
+        torch.manual_seed(step)
+        imagined = model.imagine(x, action, dream.hidden, dream.member).next_obs.numpy()
+        torch.manual_seed(step)
+        _, next_obs, _, truncated = dream.step(action)
+        assert not truncated.any() and torch.equal(dream.obs, next_obs)
+        if step % k:
+            np.testing.assert_array_equal(next_obs, imagined)
+        else:
+            distance = (((imagined[:, None] - real) / model.obs_scale.std.numpy()) ** 2).sum(-1)
+            chosen = (((next_obs.numpy()[:, None] - real) / model.obs_scale.std.numpy()) ** 2).sum(-1).argmin(-1)
+            np.testing.assert_allclose(distance[range(200), chosen], distance.min(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_dreams_begin_where_they_are_told_to():
