@@ -13,6 +13,7 @@ Shapes: T time, N environments or dreams, O observation, A actions, B minibatch.
 
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import json
@@ -81,7 +82,7 @@ class Settings(ModelSettings):
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
     gather_temperatures: str = setting("0.3,1,2.5", "Temperatures of the policy where it gathers data for the model; one of them is drawn at a time.", panel="Real environment")
-    gather_stretch: int = setting(50, "Mean number of real steps until the next of these temperatures is drawn; 0: one for each episode.", 0, 10**9, "Real environment")
+    gather_stretch: int = setting(0, "Mean number of real steps until the next of these temperatures is drawn; 0: one for each episode.", 0, 10**9, "Real environment")
 
     gamma: float = setting(0.99, "Discount.", 0, 1, "PPO", ppo=0.999)
     gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
@@ -92,7 +93,7 @@ class Settings(ModelSettings):
     entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
     max_grad_norm: float = setting(0.5, "Gradients are clipped to this global norm.", 1e-9, 1e9, "PPO")
-    temperature: float = setting(1.0, "Divides the logits of the policy that is being trained, where it acts and in the ratio alike.", 1e-3, 1e3, "PPO")
+    temperature: float = setting(1.0, "Divides the logits of the policy in the rollouts it is trained on, where it acts and in the ratio alike.", 1e-3, 1e3, "PPO")
     temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
@@ -124,6 +125,8 @@ class Settings(ModelSettings):
         super().__post_init__()
         if self.beginnings + self.rare > 1:
             raise UsageError(f"--beginnings and --rare are shares of the same dreams: {self.beginnings:g} + {self.rare:g} is more than 1.")
+        if 0 < self.temperature_end < 1e-3:
+            raise UsageError(f"--temperature-end must be 0 or at least 0.001, not {self.temperature_end}.")
         self.temperatures()
 
     def temperatures(self) -> list[float]:
@@ -145,7 +148,10 @@ class Settings(ModelSettings):
             for f in fields(self)
             if f.metadata["identity"] and getattr(self, f.name) != getattr(usual, f.name)
         ]
-        return Path("runs", self.env_id.replace("/", "_"), "_".join([self.mode, *differs]), f"seed_{self.seed}")
+        name = "_".join([self.mode, *differs])
+        if len(name) > 200:  # longer than a file system may take
+            name = name[:180] + "_" + hashlib.sha256(name.encode()).hexdigest()[:16]
+        return Path("runs", self.env_id.replace("/", "_"), name, f"seed_{self.seed}")
 
 
 def read_settings_file(path: str, known: dict) -> dict:
@@ -242,7 +248,7 @@ def mlp(size_in: int, hidden: int, size_out: int, last_gain: float) -> nn.Sequen
 
 
 class Agent(nn.Module):
-    """A stochastic policy and a value function over the same normalised observation."""
+    """A stochastic policy and a value function over the same observation, normalised in dreams and as it is in the real environment."""
 
     def __init__(self, obs_dim: int, num_actions: int, hidden: int):
         super().__init__()
@@ -434,12 +440,14 @@ def dream_and_improve(
 
 
 def fates(rollout: Rollout) -> dict[str, float]:
-    """How dreams fare: their undiscounted return, and the shares that end well, end badly, or are still alive when the rollout is over."""
-    over = rollout.terminated | rollout.truncated
-    dreams = rollout.rewards.shape[1] + int(over[:-1].sum())
-    good, bad = (rollout.terminated & (rollout.rewards > 0)).sum(), (rollout.terminated & (rollout.rewards <= 0)).sum()
-    shares = dict(return_mean=rollout.rewards.sum(), positive_end_share=good, negative_end_share=bad, alive_share=(~over[-1]).sum())
-    return {f"dream/{name}": float(value) / dreams for name, value in shares.items()}
+    """How dreams fare in a rollout: their undiscounted return in it, and the shares that end well, end badly, and do not end."""
+    dreams = rollout.rewards.shape[1] + int((rollout.terminated | rollout.truncated)[:-1].sum())
+    good = int((rollout.terminated & (rollout.rewards > 0)).sum())
+    bad = int(rollout.terminated.sum()) - good
+    counts = dict(
+        return_mean=float(rollout.rewards.sum()), positive_end_share=good, negative_end_share=bad, alive_share=dreams - good - bad
+    )
+    return {f"dream/{name}": count / dreams for name, count in counts.items()}
 
 
 def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
@@ -463,7 +471,7 @@ class Explorer(nn.Module):
         self.agent, self.env, self.device = [agent], env, device  # in a list, so that the agent is not saved twice
         self.chance = 1 / stretch if stretch else 0.0
         self.register_buffer("choices", torch.tensor(temperatures), persistent=False)
-        self.register_buffer("temperature", torch.ones(len(env.obs)))
+        self.register_buffer("temperature", self.choices[:1].repeat(len(env.obs)))
 
     def act(self, obs: Tensor) -> Tensor:
         drawn = self.choices[torch.randint(len(self.choices), self.temperature.shape)]
@@ -519,7 +527,9 @@ class Scores(NamedTuple):
 @torch.random.fork_rng()
 def play(act, env_id: str, episodes: int, seed: int, tick=lambda: None, frames: list | None = None) -> Scores:
     """Plays one episode on each of the environment seeds seed, seed + 1, ...; act(obs (n, O)) -> actions (n). `frames` collects pictures of the first."""
-    envs = evaluation_envs(env_id, episodes) if frames is None else [make_env(env_id, render_mode="rgb_array") for _ in range(episodes)]
+    envs = list(evaluation_envs(env_id, episodes))
+    if frames is not None:
+        envs[0] = make_env(env_id, render_mode="rgb_array")
     obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     returns, lengths, timeouts, alive = np.zeros(episodes), np.zeros(episodes, int), np.zeros(episodes, bool), list(range(episodes))
     torch.manual_seed(seed)  # for policies that draw, such as a planner
@@ -604,6 +614,9 @@ def unpack(tree, tensors: dict):
     return [unpack(value, tensors) for value in tree] if isinstance(tree, list) else tree
 
 
+FILES = "config.json env.json metrics.jsonl summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
+
+
 class Run:
     """One run and its folder: counts steps, logs, evaluates, saves after every iteration, and goes on from there when started again.
 
@@ -613,46 +626,47 @@ class Run:
     def __init__(self, settings: Settings, view: "View"):
         self.settings, self.view, self.folder = settings, view, settings.folder()
         self.real_steps = self.imagined_steps = self.iteration = 0
-        self.steps_to_solve = None
+        self.steps_to_solve, self.evaluated = None, 0
+        self.saved = {name: getattr(self, name) for name in self.COUNTERS}
         self.wall, self.cpu, self.signal = time.perf_counter(), time.process_time(), None
         threshold = make_env(settings.env_id).spec.reward_threshold
         self.threshold = 200.0 if threshold is None else threshold  # what counts as solved
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
+        self.board = tensorboard(self.folder) if settings.tensorboard else None
         try:
             (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
             self.claim()
         except OSError as error:
             raise UsageError(f"Run folder {self.folder} can't be used: {error.strerror or error}.")
-        self.board = tensorboard(self.folder) if settings.tensorboard else None
 
     def claim(self):
-        """Makes the folder this run's, or refuses it if a run with other settings is in it."""
-        path = self.folder / "config.json"
-        if self.settings.fresh:
-            for old in [
-                *self.folder.glob("checkpoint/*"),
-                *(self.folder / name for name in ("metrics.jsonl", "summary.json", "config.json")),
-            ]:
-                old.unlink(missing_ok=True)
+        """Makes the folder this run's, or refuses it: another process is at work there, it is not a run's, or it holds other settings."""
+        path, now = self.folder / "config.json", asdict(self.settings)
+        self.lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another process is at work in {self.folder}.")
         if path.exists():
             try:
                 old = json.loads(path.read_text())
-                old = {key: old[key] for key in asdict(self.settings)}
+                old = {name: old[name] for name in now}
             except (ValueError, KeyError, TypeError):
                 raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
+            if self.settings.fresh:
+                for file in [*self.checkpoints("*"), *(self.folder / name for name in FILES)]:
+                    file.unlink(missing_ok=True)
             free = {f.name for f in fields(Settings) if not f.metadata["identity"]} - {"mode", "env_id", "seed"}
-            differs = [
-                f"{key} was {old[key]!r} and is now {new!r}"
-                for key, new in asdict(self.settings).items()
-                if key not in free and old[key] != new
-            ]
-            if differs:
+            differs = [f"{name} was {old[name]!r} and is now {new!r}" for name, new in now.items() if name not in free and old[name] != new]
+            if differs and not self.settings.fresh:
                 raise UsageError(
-                    f"{self.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh to delete it."
+                    f"{self.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh."
                 )
-        write_atomically(path, json.dumps(asdict(self.settings), indent=1).encode())
-        write_atomically(self.folder / "env.json", json.dumps(surroundings(self.settings), indent=1).encode())
+
+    def checkpoints(self, ending: str) -> list[Path]:
+        """Our own files in checkpoint/, oldest first; whatever else is there is none of our business."""
+        return sorted((self.folder / "checkpoint").glob("[0-9]" * 8 + "." + ending))
 
     # --- what the training loops call
 
@@ -665,8 +679,10 @@ class Run:
         with contextlib.suppress(OSError, ValueError):
             self.finished_before = restored and not self.goes_on() and json.loads(summary.read_text())["status"] == "finished"
         if not self.finished_before:
-            self.view.start(self)
             summary.unlink(missing_ok=True)
+            write_atomically(self.folder / "config.json", json.dumps(asdict(self.settings), indent=1).encode())
+            write_atomically(self.folder / "env.json", json.dumps(surroundings(self.settings), indent=1).encode())
+            self.view.start(self)
         if not restored:
             self.log(self.evaluation())
 
@@ -724,6 +740,7 @@ class Run:
             for name, value in row.items():
                 if value is not None:
                     self.board.add_scalar(name, value, self.real_steps)
+            self.board.flush()
         self.view.row(self, row)
 
     def clocks(self) -> dict:
@@ -749,37 +766,36 @@ class Run:
         tensors = {}
         state = json.dumps(pack(tree, tensors))
         data = save(tensors, {"state": state})
-        stem = self.folder / "checkpoint" / f"{self.iteration:08d}"
-        write_atomically(stem.with_suffix(".safetensors"), data)
-        write_atomically(
-            stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest(), real_steps=self.real_steps)).encode()
-        )
         policy = {name: x.cpu().contiguous() for name, x in self.module.state_dict().items() if not name.startswith("critic")}
         write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))
-        kept = sorted(stem.parent.glob("*.json"))[-2:]
-        for old in stem.parent.iterdir():
-            if old.with_suffix(".json") not in kept:
+        stem = self.folder / "checkpoint" / f"{self.iteration:08d}"
+        write_atomically(stem.with_suffix(".safetensors"), data)
+        write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest())).encode())
+        self.saved = {name: getattr(self, name) for name in self.COUNTERS}
+        kept = [path.stem for path in self.checkpoints("json")[-2:]]
+        for old in self.checkpoints("*"):
+            if old.name[:8] not in kept:
                 old.unlink()
 
     def restore(self) -> bool:
         """Goes on from the newest checkpoint whose SHA-256 is right; False if there is none at all."""
-        found = sorted((self.folder / "checkpoint").glob("*.json"), reverse=True)
-        for path in found:
+        found = self.checkpoints("json")
+        for path in reversed(found):
             state = read_checkpoint(path)
             if state is None:
                 self.view.say(f"Checkpoint {path.with_suffix('.safetensors')} is damaged; trying the one before it.")
                 continue
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            for name in self.COUNTERS:
-                setattr(self, name, state[name])
+            self.saved = {name: state[name] for name in self.COUNTERS}
+            vars(self).update(self.saved)
             torch.set_rng_state(state["random"])
             if torch.cuda.is_available() and "random_cuda" in state:
                 torch.cuda.set_rng_state_all(state["random_cuda"])
             self.wall -= state["wall_s"]
             self.cpu -= state["cpu_s"]
-            with open(self.folder / "metrics.jsonl", "r+b") as file:
-                file.truncate(state["metrics_bytes"])  # rows of an iteration that was not finished
+            with open(self.folder / "metrics.jsonl", "a+b") as file:  # drop the rows of an iteration that was not finished
+                file.truncate(min(file.tell(), state["metrics_bytes"]))
             return True
         if found:
             raise UsageError(f"Every checkpoint in {self.folder} is damaged; --fresh deletes them and begins anew.")
@@ -802,14 +818,14 @@ class Run:
         return summary
 
     def finish(self) -> dict:
-        """The final score, the summary, the pictures."""
-        self.phase("final evaluation")
-        summary = self.summarise("finished", play(self.act, self.settings.env_id, 100, 20_000, self.tick))
+        """The pictures, the final score, and last of all the summary, which says that the run is finished."""
         self.phase("drawing")
         draw_training(self.rows(), self.threshold, self.folder / "training.png")
+        self.tick()
         if "model" in self.parts:
             draw_diagnosis(self.parts["model"], self.parts["replay"], self.folder)
-        return summary
+        self.phase("final evaluation")
+        return self.summarise("finished", play(self.act, self.settings.env_id, 100, 20_000, self.tick))
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -830,14 +846,13 @@ def read_checkpoint(path: Path) -> dict | None:
 
 def surroundings(s: Settings) -> dict:
     """Versions, commit and machine, for env.json."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    here, commit = Path(__file__).parent, ""
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     machine = dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count())
-    return dict(
-        python=platform.python_version(), **versions, commit=commit.stdout.strip() or None, **machine, threads=s.threads, device=s.device
-    )
+    return dict(python=platform.python_version(), **versions, commit=commit or None, **machine, threads=s.threads, device=s.device)
 
 
 def random_actions(s: Settings):
@@ -993,31 +1008,28 @@ def train(ctx: typer.Context, given: dict):
     settings, view = Settings.resolve(given), View()
     check_device(settings.device)
     run = Run(settings, view)
-    summary_file = run.folder / "summary.json"
     try:
         TRAIN[settings.mode](run)
         if run.finished_before:
-            summary = json.loads(summary_file.read_text())
-            view.say(f"This run is finished already; raise --total-steps to go on, or begin anew with --fresh. ({summary_file})")
+            view.say("This run is finished already; raise --total-steps to go on, or begin anew with --fresh.")
+            summary = json.loads((run.folder / "summary.json").read_text())
         else:
             summary = run.finish()
-        view.stop()
-        view.say(
-            f"{summary['outcome']}: final score {summary['final_return_mean']:.1f} +- {summary['final_return_std']:.1f} over {summary['final_episodes']} episodes after {summary['real_steps']:,} real steps; see {run.folder}"
-        )
+        score = "{final_return_mean:.1f} +- {final_return_std:.1f} over {final_episodes} episodes after {real_steps:,} real steps"
+        sentence, status = f"{summary['outcome']}: final score {score.format(**summary)}; see {run.folder}", 0
     except Diverged as error:
-        view.stop()
         run.summarise("diverged")
-        view.say(f"Diverged: {error}. The last good checkpoint is kept in {run.folder}.")
-        raise typer.Exit(3)
+        sentence, status = f"Diverged: {error}. The last good checkpoint is kept in {run.folder}.", 3
     except Interrupted as stop:
-        view.stop()
         run.signal = None
+        vars(run).update(run.saved)  # the iteration that was not finished will be done again
         run.summarise("interrupted")
-        view.say(f"Interrupted and saved; the same command goes on from here. ({run.folder})")
-        raise typer.Exit(128 + stop.args[0])
+        sentence = f"Interrupted; saved up to real step {run.real_steps:,}. The same command goes on from there. ({run.folder})"
+        status = 128 + stop.args[0]
     finally:
         view.stop()
+    view.say(sentence)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -1029,23 +1041,19 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ):
     """Plays a trained policy greedily and prints its score."""
-    if gif and not gif.absolute().parent.is_dir():
-        raise UsageError(f"The GIF can't be written to {gif}: there is no such folder.")
+    if gif and (gif.suffix.lower() != ".gif" or not gif.absolute().parent.is_dir()):
+        raise UsageError(f"{gif} must be a .gif in a folder that exists.")
     settings, act = load_policy(run_dir)
     frames = [] if gif else None
     scores = play(act, settings.env_id, episodes, seed, frames=frames)
     if gif:
-        try:
-            save_gif(frames, gif)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"The GIF can't be written to {gif}: {error}.")
-    result = dict(run_dir=str(run_dir), env_id=settings.env_id, seed=seed, episodes=episodes, return_mean=float(scores.returns.mean()), return_std=float(scores.returns.std()), length_mean=float(scores.lengths.mean()), timeout_share=float(scores.timeouts.mean()), returns=scores.returns.tolist())  # fmt: skip
+        save_gif(frames, gif)
     if as_json:
-        print(json.dumps(result))
+        row = {name.removeprefix("eval/"): value for name, value in scores.row().items()}
+        print(json.dumps(dict(run_dir=str(run_dir), env_id=settings.env_id, seed=seed) | row | dict(returns=scores.returns.tolist())))
     else:
-        View().say(
-            f"{result['return_mean']:.1f} +- {result['return_std']:.1f} over {episodes} episodes of {result['length_mean']:.0f} steps; {100 * result['timeout_share']:.0f} % ran into the time limit"
-        )
+        mean, std, length, timeouts, _ = scores.row().values()
+        View().say(f"{mean:.1f} +- {std:.1f} over {episodes} episodes of {length:.0f} steps; {timeouts:.0%} ran into the time limit")
 
 
 def load_policy(run_dir: Path):
@@ -1071,8 +1079,8 @@ def load_policy(run_dir: Path):
 
 def check_device(device: str):
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {device} can't be used here: {str(error).splitlines()[0]}")
 
 

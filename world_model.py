@@ -11,6 +11,7 @@ Errors of the dynamics are always in standard deviations of the change of each o
 """
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -153,6 +154,7 @@ class Replay:
         self.age = time - torch.where(began, time, 0).cummax(0).values  # (T, N) steps since the episode began
         episode = began.cumsum(0) - 1
         self.held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
+        self.fitted = ~self.held_out if (~self.held_out).any() else torch.ones_like(began)
         self.recent = (time >= (len(began) - self.newest if self.newest else 0)).expand_as(began)  # (T, N)
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
@@ -168,11 +170,16 @@ class Replay:
         self.add(Rollout(**state))
 
     def rare(self, binary: Tensor, reach: int) -> Tensor:
-        """(T, N): steps within `reach` of something rare: an ending, a flip of a binary column, a reward outside the central 99 %."""
+        """(T, N): steps within `reach` of something rare in their own episode: an ending, a flip of a binary column, an extreme reward (1 %)."""
         low, high = quantiles(self.steps.rewards, 0.005, 0.995)
         flip = ((self.steps.obs != self.steps.next_obs) & binary).any(-1)
         event = self.steps.terminated | flip | (self.steps.rewards < low) | (self.steps.rewards > high)
-        return F.max_pool1d(event.T.float(), 2 * reach + 1, 1, reach).T > 0
+        near = event.clone()
+        for k in range(1, min(reach, len(event) - 1) + 1):
+            together = self.age[k:] == self.age[:-k] + k  # steps t and t + k belong to one episode
+            near[:-k] |= event[k:] & together
+            near[k:] |= event[:-k] & together
+        return near
 
 
 def sample(where: Tensor, shape: tuple) -> tuple[Tensor, Tensor]:
@@ -397,9 +404,9 @@ class WorldModel(nn.Module):
         self.register_buffer("typical", torch.ones(2))  # 95th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
-        """Takes scales, ranges and binary columns from the data. Learned weights stay."""
-        steps, ended = replay.steps, replay.steps.terminated
-        both = torch.stack([steps.obs, steps.next_obs]).flatten(0, 2)
+        """Takes scales, ranges and binary columns from the data, held-out episodes left out. Learned weights stay."""
+        steps = Rollout(*(x[replay.fitted] for x in replay.steps))
+        both, ended = torch.cat([steps.obs, steps.next_obs]), steps.terminated
         self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
         self.obs_scale.fit(steps.obs, keep=self.binary)
         self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
@@ -549,8 +556,8 @@ def fit(
     Held-out episodes are not fitted; they calibrate endings and uncertainty. `tick` is called after each update. Returns mean losses.
     """
     model.adapt(replay)
-    where = (~replay.held_out & replay.recent).nonzero()
-    where = where if len(where) else replay.recent.nonzero()
+    where = (replay.fitted & replay.recent).nonzero()
+    where = where if len(where) else replay.fitted.nonzero()
     before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
     windows = max(1, batch // model.memory.window)
     for _ in range(updates):
@@ -563,19 +570,28 @@ def fit(
             sums[name] = sums.get(name, 0) + value.detach()
         tick()
     calibrate(model, replay)
+    slope, shift = model.calibration.tolist()
     means = {name: float(value) / updates / (1 if name == "autoencoder" else model.members) for name, value in sums.items()}
-    return {"wm/loss": sum(means.values())} | {f"wm/loss_{name}": value for name, value in means.items()}
+    return (
+        {"wm/loss": sum(means.values())}
+        | {f"wm/loss_{name}": value for name, value in means.items()}
+        | {"wm/ending_slope": slope, "wm/ending_shift": shift}
+    )
 
 
 @torch.no_grad()
-def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor):
-    """One-step predictions at real steps (t, n), each (B): the steps, Transition, Outcome, disagreement, autoencoder error."""
+def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, imagined: bool = False):
+    """One-step predictions at real steps (t, n), each (B): the steps, Transition, Outcome, disagreement, autoencoder error.
+
+    The outcome is that of the real next_obs, or, if `imagined`, of the one each member expects.
+    """
     window, valid = replay.window(t, n, model.context, 1)
     hidden, history = model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
     step = Rollout(*(x[-1] for x in window))
     x = model.features(step.obs, step.actions)
     expected = model.transition(model.everyone(x), model.everyone(step.obs), hidden)
-    outcome = model.outcome(model.everyone(x), model.everyone(step.next_obs - step.obs), hidden)
+    next_obs = model.most_likely(expected) if imagined else model.everyone(step.next_obs)
+    outcome = model.outcome(model.everyone(x), next_obs - step.obs, hidden)
     unusual = model.autoencoder.error(torch.cat([history, x[:, None]], 1))
     return step, expected, outcome, model.disagreement(expected), unusual
 
@@ -589,13 +605,13 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
     unseen = replay.held_out if replay.held_out.any() else torch.ones_like(replay.held_out)
     step, _, outcome, disagreement, unusual = judge(model, replay, *spread(unseen.nonzero(), limit))
     model.typical.copy_(torch.stack([quantiles(disagreement, 0.95)[0], quantiles(unusual, 0.95)[0]]).clamp(min=1e-6))
-    logit = model.verdict(outcome.ending, lambda x: x.mean(0))
+    logit = model.verdict(outcome.ending, lambda x: x)  # (B), or (E, B) where each member decides for itself
     free = torch.tensor([0.0, 0.0], device=logit.device, requires_grad=True)  # log slope, shift
     lbfgs = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
 
     def objective():
         lbfgs.zero_grad()
-        brier = (torch.sigmoid(free[0].exp() * logit + free[1]) - step.terminated.to(logit.dtype)).square().sum()
+        brier = (torch.sigmoid(free[0].exp() * logit + free[1]) - step.terminated.to(logit.dtype)).square().sum(-1).mean()
         loss = brier + (free / torch.tensor([0.3, 1.0], device=free.device)).square().sum() / 2
         loss.backward()
         return loss
@@ -741,7 +757,7 @@ def trusted_horizon(model: WorldModel, replay: Replay, limit: float, longest: in
 
 
 def measure(model: WorldModel, replay: Replay, length: int = 20) -> dict[str, float | None]:
-    """The model's errors on held-out episodes, for the log; None while no episode is held out. Uses up no randomness."""
+    """The model's errors on held-out episodes, for the log; None while no episode is held out, or none lasts `length` steps. Not random."""
     names = "wm/error_1step", "wm/error_openloop", "wm/reward_rmse", "wm/reward_tail_rmse"
     if not replay.held_out.any():
         return dict.fromkeys(names)
@@ -749,13 +765,17 @@ def measure(model: WorldModel, replay: Replay, length: int = 20) -> dict[str, fl
     real, expected = expected_rewards(model, replay, replay.held_out)
     error, size = (real - expected).square(), (real - real.median()).abs()
     tail = size >= quantiles(size, 0.99)[0]
-    return dict(zip(names, [float(curve[0]), float(curve[-1]), float(error.mean().sqrt()), float(error[tail].mean().sqrt())]))
+    last = float(curve[-1]) if len(curve) == length else None
+    return dict(zip(names, [float(curve[0]), last, float(error.mean().sqrt()), float(error[tail].mean().sqrt())]))
 
 
 def expected_rewards(model: WorldModel, replay: Replay, where: Tensor, limit: int = 4096) -> tuple[Tensor, Tensor]:
-    """Real rewards (B) and the ensemble's expectation of them, endings included, at real steps among `where`."""
-    step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), limit))
-    (reward, last_reward), ends = model.rewards(outcome), model.ending(outcome.ending)
+    """Real rewards (B) and the ensemble's expectation of them, endings included, at real steps among `where`.
+
+    The heads are shown the next observation that each member expects, as in a dream, and not the real one.
+    """
+    step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), limit), imagined=True)
+    (reward, last_reward), ends = model.rewards(outcome), model.ending(model.verdict(outcome.ending, lambda x: x))
     return step.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
 
 
@@ -774,7 +794,7 @@ def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
                 steps=int(inside.sum()), rmse=float((real - expected)[inside].square().mean().sqrt())
             )
     step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), 10_000))
-    ends = model.ending(model.verdict(outcome.ending, lambda x: x.mean(0)))
+    ends = model.ending(model.verdict(outcome.ending, lambda x: x)).view(-1, len(step.rewards)).mean(0)
     counts, errors, edges_x, edges_y = place_map(model, replay, bins=6)
     places = [
         dict(
@@ -872,8 +892,11 @@ def load_replay(run_dir: Path, holdout: int, newest: int) -> Replay:
     """The real steps in a run's newest checkpoint."""
     files = sorted((run_dir / "checkpoint").glob("*.safetensors"))
     try:
-        steps = Rollout(**{name: load_file(files[-1])[f"replay.{name}"] for name in Rollout._fields})
-    except (IndexError, KeyError, OSError, SafetensorError) as error:
+        tensors = load_file(files[-1])
+        if json.loads(files[-1].with_suffix(".json").read_text())["sha256"] != hashlib.sha256(files[-1].read_bytes()).hexdigest():
+            raise UsageError(f"Checkpoint {files[-1]} is damaged.")
+        steps = Rollout(**{name: tensors[f"replay.{name}"] for name in Rollout._fields})
+    except (IndexError, KeyError, OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{run_dir} holds no checkpoint with real steps of a learned model: {error}.")
     replay = Replay(steps.obs.shape[1], steps.obs.shape[2], holdout, newest)
     replay.add(steps)
@@ -894,7 +917,7 @@ def main(
     Flags go before the run's own settings. Numbers go to RUN_DIR/world_model/diagnosis.json, pictures beside it.
     """
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
     from rich.table import Table
 
     try:
@@ -909,9 +932,10 @@ def main(
     replay = load_replay(run_dir, settings.wm_holdout, settings.wm_newest)
     model = WorldModel(replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1, settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.wm_lr, weight_decay=settings.wm_weight_decay, fused=True)
-    console, chunks = Console(), max(1, updates // 100)
-    for _ in track(range(math.ceil(updates / chunks)), "fitting", console=console, disable=not console.is_terminal):
-        fit(model, optimizer, replay, chunks, settings.wm_batch)
+    console = Console()
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("fitting", total=updates)
+        fit(model, optimizer, replay, updates, settings.wm_batch, lambda: progress.advance(bar))
     result = diagnose(model, replay)
     (folder / "diagnosis.json").write_text(json.dumps(result, indent=1))
     draw_diagnosis(model, replay, folder)
@@ -935,15 +959,19 @@ def main(
 
 
 def run_command(command):
-    """Runs a Typer app: bad input is one sentence and exit status 2, a failing disk one sentence and exit status 1."""
+    """Runs a Typer app: bad input is one sentence and exit status 2; a failing disk, or too little memory, one sentence and exit status 1."""
     try:
-        command()
+        return command()
     except UsageError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence, status = str(error), 2
     except OSError as error:
-        print(f"Error: a file could not be read or written: {error}.", file=sys.stderr)
-        sys.exit(1)
+        sentence, status = f"A file could not be read or written: {error}.", 1
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        sentence, status = f"These settings need more memory than there is: {str(error).splitlines()[0]}", 1
+    print(f"Error: {sentence}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Threshold  reproduced: probability of improvement above one half with Mann-Whitn
 
     python ablations/heads.py --seeds 0-9 --jobs 2
 
-Runs that are finished are not run again; rows are in ablations/results/heads.csv.
+Runs that are finished are not run again; rows are in runs/heads/heads.csv.
 """
 
 import csv
@@ -70,9 +70,7 @@ def main(
     rows = Parallel(n_jobs=jobs, backend="threading", verbose=10)(
         delayed(run)(arm, seed, SMOKE if smoke else FLAGS, folder) for arm, seed in todo
     )
-    results = folder if smoke else ROOT / "ablations" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / "heads.csv", "w", newline="") as file:
+    with open(folder / "heads.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["arm", "seed", "status", "real_steps", "steps_to_solve", "final_return_mean", "outcome", "cpu_s"])
         writer.writeheader()
         writer.writerows(rows)

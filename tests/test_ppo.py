@@ -206,7 +206,7 @@ def test_the_fates_of_dreams_add_up():
         result["dream/alive_share"],
         result["dream/return_mean"],
     ]
-    assert shares == pytest.approx([good / dreams, bad / dreams, alive / dreams, float(rollout.rewards.sum()) / dreams])
+    assert shares == pytest.approx([good / dreams, bad / dreams, (alive + cut) / dreams, float(rollout.rewards.sum()) / dreams])
 
 
 # ------------------------------------------------------------------------------------------------------------ real environments

@@ -273,7 +273,7 @@ def test_rare_steps_are_those_near_endings_flips_and_extreme_rewards():
     rollout.next_obs[120, 0, 1] = 1.0  # flips the binary column
     rollout.next_obs[160, 0, 0] = 1.0  # moves the other one
     rollout.rewards[200], rollout.rewards[300] = 100.0, -100.0
-    expected = {t for event in (50, 120, 200, 300) for t in range(event - 3, event + 4)}
+    expected = {t for event in (50, 120, 200, 300) for t in range(event - 3, event + 4) if t not in (51, 52, 53)}  # the next episode
     rare = filled(rollout).rare(torch.tensor([False, True]), reach=3)
     assert set(rare[:, 0].nonzero()[:, 0].tolist()) == expected
 
