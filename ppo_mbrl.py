@@ -81,8 +81,9 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_temperatures: str = setting("0.3,1,2.5", "Temperatures of the policy where it gathers data for the model; one of them is drawn at a time.", panel="Real environment")
-    gather_stretch: int = setting(0, "Mean number of real steps until the next of these temperatures is drawn; 0: one for each episode.", 0, 10**9, "Real environment")
+    gather_temperatures: str = setting("0.3,1,2.5", "Temperatures of the policy where it gathers data for the model; each episode draws one.", panel="Real environment")
+    gather_hold: float = setting(0.01, "Chance of a real step in gathering to begin holding a random action.", 0, 1, "Real environment")
+    gather_hold_steps: int = setting(20, "Mean number of steps it is held.", 1, 10**6, "Real environment")
 
     gamma: float = setting(0.99, "Discount.", 0, 1, "PPO", ppo=0.999)
     gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
@@ -107,9 +108,9 @@ class Settings(ModelSettings):
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.3, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
 
-    plan_horizon: int = setting(12, "Steps the planner looks ahead.", 1, 10_000, "Planning (--mode mpc)")
-    plan_candidates: int = setting(48, "Action sequences tried in each round.", 2, 10**6, "Planning (--mode mpc)")
-    plan_rounds: int = setting(2, "Rounds of the cross-entropy method.", 1, 1000, "Planning (--mode mpc)")
+    plan_horizon: int = setting(12, "Steps the planner looks ahead.", 1, 10_000, "Planning")
+    plan_candidates: int = setting(48, "Action sequences tried in each round.", 2, 10**6, "Planning")
+    plan_rounds: int = setting(2, "Rounds of the cross-entropy method.", 1, 1000, "Planning")
 
     # fmt: on
     @classmethod
@@ -395,19 +396,11 @@ def train_simple(run: "Run"):
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
-    model_optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
+    wm_optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
-    scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s.temperatures(), s.gather_stretch, s.device)
-    parts = dict(
-        agent=agent,
-        optimizer=optimizer,
-        model=model,
-        model_optimizer=model_optimizer,
-        replay=replay,
-        scale=scale,
-        explorer=explorer,
-        env=env,
-    )
+    scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s)
+    parts = dict(agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay)
+    parts |= dict(scale=scale, explorer=explorer, env=env)
     run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
@@ -415,18 +408,21 @@ def train_simple(run: "Run"):
         rollout = gather(run, env, explorer.act, replay)
         scale.update(rollout)
         run.phase("fitting")  # line 5: update the model on all of them
-        log = fit(model, model_optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates, s.wm_batch, run.tick) | measure(
-            model, replay
-        )
+        log = learn(run, model, wm_optimizer, replay)
         agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
         run.end_iteration(log)
 
 
-def dream_and_improve(
-    run: "Run", agent: Agent, optimizer: torch.optim.Optimizer, model: WorldModel, replay: Replay, scale: ReturnScale
-) -> dict:
+def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
+    """Fits the model to the replay, for longer the first time, and measures it on the held-out episodes."""
+    s = run.settings
+    updates = s.wm_updates if run.iteration else s.wm_first_updates
+    return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
+
+
+def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale) -> dict:
     """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds."""
     s, temperature = run.settings, run.temperature()
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
@@ -444,10 +440,9 @@ def fates(rollout: Rollout) -> dict[str, float]:
     dreams = rollout.rewards.shape[1] + int((rollout.terminated | rollout.truncated)[:-1].sum())
     good = int((rollout.terminated & (rollout.rewards > 0)).sum())
     bad = int(rollout.terminated.sum()) - good
-    counts = dict(
-        return_mean=float(rollout.rewards.sum()), positive_end_share=good, negative_end_share=bad, alive_share=dreams - good - bad
-    )
-    return {f"dream/{name}": count / dreams for name, count in counts.items()}
+    total = float(rollout.rewards.sum())
+    sums = dict(return_mean=total, positive_end_share=good, negative_end_share=bad, alive_share=dreams - good - bad)
+    return {f"dream/{name}": value / dreams for name, value in sums.items()}
 
 
 def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
@@ -463,25 +458,32 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 
 
 class Explorer(nn.Module):
-    """The agent in the real environment. How hot it acts is drawn at the start of each episode, and again every `stretch` steps in the mean:
-    a cool stretch leads to where the policy has learned to go, a hot one tries from there what it would not do."""
+    """The agent in the real environment. At the start of each episode it draws how hot it acts; now and then it holds a random action for a
+    while (temporally extended epsilon-greedy: Dabney et al., 2021), which tries what single random actions never add up to."""
 
-    def __init__(self, agent: Agent, env: Environments, temperatures: list[float], stretch: int, device: str):
+    def __init__(self, agent: Agent, env: Environments, s: Settings):
         super().__init__()
-        self.agent, self.env, self.device = [agent], env, device  # in a list, so that the agent is not saved twice
-        self.chance = 1 / stretch if stretch else 0.0
-        self.register_buffer("choices", torch.tensor(temperatures), persistent=False)
+        self.agent, self.env, self.settings = [agent], env, s  # in a list, so that the agent is not saved twice
+        self.register_buffer("choices", torch.tensor(s.temperatures()), persistent=False)
         self.register_buffer("temperature", self.choices[:1].repeat(len(env.obs)))
+        self.register_buffer("held", torch.full((len(env.obs),), -1))  # the action being held, or -1
 
     def act(self, obs: Tensor) -> Tensor:
-        drawn = self.choices[torch.randint(len(self.choices), self.temperature.shape)]
-        anew = self.env.first | (torch.rand(self.temperature.shape) < self.chance)
-        self.temperature = torch.where(anew, drawn, self.temperature)
-        return self.agent[0].act(obs.to(self.device), self.temperature[:, None].to(self.device)).cpu()
+        s, n = self.settings, len(obs)
+        drawn = self.choices[torch.randint(len(self.choices), (n,))]
+        self.temperature = torch.where(self.env.first, drawn, self.temperature)
+        begins, ends = torch.rand(2, n) < torch.tensor([[s.gather_hold], [1 / s.gather_hold_steps]])
+        kept = torch.where(ends | self.env.first, -1, self.held)
+        self.held = torch.where(begins & (kept < 0), torch.randint(self.env.num_actions, (n,)), kept)
+        actions = self.agent[0].act(obs.to(s.device), self.temperature[:, None].to(s.device)).cpu()
+        return torch.where(self.held < 0, actions, self.held)
 
 
 def train_mpc(run: "Run"):
-    """Planning instead of a policy (Chua et al., 2018, Algorithm 1): gather with the planner, fit, repeat. Each plan starts without memory."""
+    """Planning instead of a policy (Chua et al., 2018, Algorithm 1): gather with the planner, fit, repeat.
+
+    Each plan starts without memory and looks `plan_horizon` steps ahead; the settings of dreams and PPO play no part.
+    """
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
@@ -493,9 +495,7 @@ def train_mpc(run: "Run"):
         run.phase("gathering")
         gather(run, env, planner, replay)
         run.phase("fitting")
-        log = fit(model, optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates, s.wm_batch, run.tick) | measure(
-            model, replay
-        )
+        log = learn(run, model, optimizer, replay)
         run.end_iteration(log)
 
 
@@ -643,7 +643,7 @@ class Run:
     def claim(self):
         """Makes the folder this run's, or refuses it: another process is at work there, it is not a run's, or it holds other settings."""
         path, now = self.folder / "config.json", asdict(self.settings)
-        self.lock = open(self.folder / ".lock", "w")
+        self.lock = os.open(self.folder, os.O_RDONLY)  # held until the run ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -751,7 +751,7 @@ class Run:
 
     # --- saving and going on
 
-    COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve", "evaluated"
+    COUNTERS = "real_steps", "imagined_steps", "steps_to_solve", "iteration", "evaluated"
 
     def save(self):
         """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. The last two are kept."""
@@ -803,16 +803,17 @@ class Run:
         return False
 
     def summarise(self, status: str, final: Scores | None = None) -> dict:
+        """Writes summary.json; the outcome needs the final scores."""
         s, evaluations = self.settings, [row["eval/return_mean"] for row in self.rows() if "eval/return_mean" in row]
-        summary = dict(
-            status=status, mode=s.mode, env_id=s.env_id, seed=s.seed, real_steps=self.real_steps, imagined_steps=self.imagined_steps
-        )
-        summary |= dict(steps_to_solve=self.steps_to_solve, final_return_mean=None, final_return_std=None, final_episodes=0)
-        summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False, **self.clocks())
+        summary = {name: getattr(s, name) for name in ("mode", "env_id", "seed")} | {
+            name: getattr(self, name) for name in self.COUNTERS[:4]
+        }
+        summary |= dict(status=status, peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False, **self.clocks())
+        summary |= dict(final_return_mean=None, final_return_std=None, final_episodes=0)
         if final is not None:
             random = play(random_actions(s), s.env_id, 100, 20_000, self.tick).returns.mean()
-            mean = float(final.returns.mean())
-            summary |= dict(final_return_mean=mean, final_return_std=float(final.returns.std()), final_episodes=len(final.returns))
+            mean, std = float(final.returns.mean()), float(final.returns.std())
+            summary |= dict(final_return_mean=mean, final_return_std=std, final_episodes=len(final.returns))
             summary |= dict(outcome=outcome(evaluations, mean, self.threshold, random), hovering=bool(final.timeouts.mean() >= 0.5))
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1).encode())
         return summary
@@ -889,13 +890,16 @@ class View:
         self.console.print(sentence, highlight=False, soft_wrap=True)
 
     def start(self, run: Run):
-        self.say(
-            f"{run.settings.mode} on {run.settings.env_id}, seed {run.settings.seed}, in {run.folder}"
-            + (f", from real step {run.real_steps}" if run.real_steps else "")
+        s = run.settings
+        self.say(f"{s.mode} on {s.env_id}, seed {s.seed}, in {run.folder}" + f", from real step {run.real_steps:,}" * (run.real_steps > 0))
+        texts = [
+            TextColumn(text)
+            for text in ("{task.fields[now]:<16}", "{task.completed:,}/{task.total:,} real steps, {task.fields[rate]}", "left")
+        ]
+        self.progress = Progress(
+            texts[0], BarColumn(None), texts[1], TimeElapsedColumn(), TimeRemainingColumn(), texts[2], console=self.console
         )
-        columns = TextColumn("{task.fields[now]:<16}"), BarColumn(None), TextColumn("{task.completed:,}/{task.total:,} real steps"), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()  # fmt: skip
-        self.progress = Progress(*columns, console=self.console, speed_estimate_period=300)
-        self.bar = self.progress.add_task("", total=run.settings.total_steps, completed=run.real_steps, now="", rate="")
+        self.bar = self.progress.add_task("", total=s.total_steps, completed=run.real_steps, now="", rate="")
         self.began, self.from_steps = time.perf_counter(), run.real_steps
         if self.console.is_terminal:
             self.live = Live(console=self.console, get_renderable=self.render, refresh_per_second=4)
@@ -934,47 +938,38 @@ def number(x: float) -> str:
 # ------------------------------------------------------------------------------------------------------------------ pictures
 
 
+PANELS = {  # title: names of the curves
+    "return, greedy": ["eval/return_mean"],
+    "losses": ["ppo/value_loss", "wm/loss_reward", "wm/loss_ending"],
+    "policy": ["ppo/entropy", "ppo/explained_variance", "ppo/clip_fraction"],
+    "model error on held-out episodes": ["wm/error_1step", "wm/error_openloop", "wm/reward_rmse", "wm/reward_tail_rmse"],
+    "dreams": ["dream/positive_end_share", "dream/negative_end_share", "dream/alive_share"],
+    "episodes": ["eval/timeout_share"],
+}
+
+
 def draw_training(rows: list[dict], threshold: float, path: Path):
-    """Returns and losses over real steps."""
+    """Returns, losses and the rest over real steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def curve(axis, name, label=None):
-        points = [(row["real_steps"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            axis.plot(*zip(*points), label=label or name.split("/")[1].replace("_", " "))
-
-    def legend(axis, title):
-        axis.set_title(title), axis.set_xlabel("real steps")
-        if axis.get_legend_handles_labels()[0]:
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, PANELS.items()):
+        for name in names:
+            points = [(row["real_steps"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), label=name)
+        axis.set(title=title, xlabel="real steps", yscale="log" if title == "losses" or title.startswith("model") else "linear")
+        if axis.lines:
             axis.legend(fontsize=8)
-
-    in_dreams = any("dream/return_mean" in row for row in rows)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    evaluated = [row for row in rows if "eval/return_mean" in row]
-    x, mean, std = (np.array([row[name] for row in evaluated]) for name in ("real_steps", "eval/return_mean", "eval/return_std"))
-    axes[0, 0].plot(x, mean, label="evaluation, greedy")
-    axes[0, 0].fill_between(x, mean - std, mean + std, alpha=0.2)
-    axes[0, 0].axhline(threshold, color="gray", linestyle=":", label="solved")
-    legend(axes[0, 0], "return")
-    for name in ("ppo/value_loss", "wm/loss_reward", "wm/loss_ending"):
-        curve(axes[0, 1], name, name)
-    axes[0, 1].set_yscale("log")
-    legend(axes[0, 1], "losses")
-    for name in ("ppo/entropy", "ppo/explained_variance", "ppo/clip_fraction"):
-        curve(axes[1, 0], name)
-    legend(axes[1, 0], "policy")
-    for name in ("dream/positive_end_share", "dream/negative_end_share", "dream/alive_share") if in_dreams else ("eval/timeout_share",):
-        curve(axes[1, 1], name)
-    legend(axes[1, 1], "dreams" if in_dreams else "episodes cut by the time limit")
-    if any(row.get("wm/error_openloop") is not None for row in rows):
-        twin = axes[1, 1].twinx()
-        curve(twin, "wm/error_openloop")
-        twin.lines[0].set_color("black")
-        twin.set_ylabel("open-loop error (black)")
-        twin.set_ylim(bottom=0)
+    steps, mean, std = zip(
+        *[(row["real_steps"], row["eval/return_mean"], row["eval/return_std"]) for row in rows if "eval/return_mean" in row]
+    )
+    axes[0, 0].fill_between(steps, np.subtract(mean, std), np.add(mean, std), alpha=0.2)
+    axes[0, 0].axhline(threshold, color="gray", linestyle=":")
+    axes[0, 0].annotate("solved", (0, threshold), va="bottom", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -1006,6 +1001,14 @@ def train(ctx: typer.Context, given: dict):
     if ctx.invoked_subcommand is not None:
         return
     settings, view = Settings.resolve(given), View()
+    panels = {f.name: f.metadata["panel"] for f in fields(Settings)}
+    idle = [
+        name
+        for name in given
+        if panels[name] in dict(ppo=("World model", "Dreams", "Planning"), simple=("Planning",), mpc=("PPO", "Dreams"))[settings.mode]
+    ]
+    if idle:
+        view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")
     check_device(settings.device)
     run = Run(settings, view)
     try:
@@ -1028,6 +1031,7 @@ def train(ctx: typer.Context, given: dict):
         status = 128 + stop.args[0]
     finally:
         view.stop()
+        os.close(run.lock)
     view.say(sentence)
     raise typer.Exit(status)
 

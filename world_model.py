@@ -629,7 +629,7 @@ class Dream:
     Each dream belongs to one member for good: drawing the member anew at every step would average its systematic errors away (Chua et al., 2018,
     TS-infinity). It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
     else any. Where it ends, grows too uncertain, or is `horizon` steps old, a new one starts in its place. Every `realign` steps (0: never) all
-    dreams are moved to the nearest real observation.
+    dreams are moved to the nearest real observation, a projection onto the data; what they remember stays.
     """
 
     def __init__(self, model: WorldModel, replay: Replay, num_envs: int, settings, beginnings=0.0, rare=0.0, horizon=math.inf, realign=0):

@@ -1,10 +1,12 @@
 """Whole runs, through the command line as a user types it: what they count, write, resume, refuse and learn."""
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -24,7 +26,7 @@ import world_model
 from ppo_mbrl import Run, Settings
 
 SCRIPTS = Path(ppo_mbrl.__file__).parent
-TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, dreams=8, horizon=5, rounds=1, num_steps=30, warmup_steps=60, hidden=8,
+TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, wm_first_updates=2, dreams=8, dream_steps=5, horizon=5, rounds=1, num_steps=30, warmup_steps=60, hidden=8,
             total_steps=90, eval_every=100_000, num_envs=1, minibatch=32, plan_horizon=3, plan_candidates=8)  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_stretch=0),
+        dict(gather_hold=0.3, gather_hold_steps=3),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
@@ -282,7 +284,7 @@ def test_an_interrupted_run_says_so(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupted_after(patch, 100)
         assert train(tmp_path) == 128 + signal.SIGTERM
-    assert "the same command goes on from here" in capsys.readouterr().out
+    assert "The same command goes on from there" in capsys.readouterr().out
     assert summary_of(tmp_path)["status"] == "interrupted" and summary_of(tmp_path)["final_return_mean"] is None
     assert train(tmp_path) == 0 and summary_of(tmp_path)["status"] == "finished"
 
@@ -590,6 +592,38 @@ def test_folders_that_are_no_folders_are_refused(tmp_path, capsys):
     assert (tmp_path / "other" / "config.json").read_text() == '{"name": "something else"}'
 
 
+def test_two_processes_do_not_share_a_run_folder(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as another process would hold it
+    assert train(tmp_path, total_steps=120) == 2
+    assert "Another process is at work" in capsys.readouterr().err
+    os.close(other)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert train(tmp_path, total_steps=120) == 0
+
+
+def test_fresh_deletes_nothing_that_is_not_a_runs_own(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path / "run") == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "checkpoint" / "best.pt").write_text("mine too")
+    assert train(tmp_path / "run", fresh=True, seed=9) == 0
+    assert (tmp_path / "run" / "notes.txt").exists() and (tmp_path / "run" / "checkpoint" / "best.pt").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"name": "something else"}')
+    assert train(tmp_path / "other", fresh=True) == 2 and (tmp_path / "other" / "config.json").exists()
+
+
+def test_a_machine_without_git_trains(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train(tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["commit"] is None
+
+
 def test_what_cant_be_evaluated_is_told(tmp_path, monkeypatch, capsys):
     in_brief(monkeypatch)
     assert command("evaluate", tmp_path / "nowhere") == 2
@@ -597,7 +631,7 @@ def test_what_cant_be_evaluated_is_told(tmp_path, monkeypatch, capsys):
     assert train(tmp_path / "run") == 0
     capsys.readouterr()
     assert command("evaluate", tmp_path / "run", "--episodes", 1, "--gif", tmp_path / "nowhere" / "x.gif") == 2
-    assert "can't be written" in capsys.readouterr().err
+    assert "must be a .gif in a folder that exists" in capsys.readouterr().err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | dict(hidden=9)))
     assert command("evaluate", tmp_path / "run") == 2
@@ -619,7 +653,7 @@ def test_a_signal_in_a_shell_saves_and_leaves(tmp_path):
             pass
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT and "Interrupted and saved" in out and not error
+    assert process.returncode == 128 + signal.SIGINT and "Interrupted; saved up to" in out and not error
     assert summary_of(tmp_path)["status"] == "interrupted" and sorted((tmp_path / "checkpoint").glob("*.json"))
 
 
