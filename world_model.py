@@ -404,9 +404,10 @@ class WorldModel(nn.Module):
         self.register_buffer("typical", torch.ones(2))  # 95th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
-        """Takes scales, ranges and binary columns from the data, held-out episodes left out. Learned weights stay."""
+        """Takes scales from the fitted episodes, the range of observations and the binary columns from all. Learned weights stay."""
+        both = torch.stack([replay.steps.obs, replay.steps.next_obs]).flatten(0, 2)
         steps = Rollout(*(x[replay.fitted] for x in replay.steps))
-        both, ended = torch.cat([steps.obs, steps.next_obs]), steps.terminated
+        ended = steps.terminated
         self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
         self.obs_scale.fit(steps.obs, keep=self.binary)
         self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
