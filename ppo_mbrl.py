@@ -82,8 +82,6 @@ class Settings(ModelSettings):
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
     gather_temperatures: str = setting("0.3,1,2.5", "Temperatures of the policy where it gathers data for the model; each episode draws one.", panel="Real environment")
-    gather_hold: float = setting(0.01, "Chance of a real step in gathering to begin holding a random action.", 0, 1, "Real environment")
-    gather_hold_steps: int = setting(20, "Mean number of steps it is held.", 1, 10**6, "Real environment")
 
     gamma: float = setting(0.99, "Discount.", 0, 1, "PPO", ppo=0.999)
     gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
@@ -105,8 +103,8 @@ class Settings(ModelSettings):
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
-    beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
-    rare: float = setting(0.3, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
+    beginnings: float = setting(0.35, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
+    rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
 
     plan_horizon: int = setting(12, "Steps the planner looks ahead.", 1, 10_000, "Planning")
     plan_candidates: int = setting(48, "Action sequences tried in each round.", 2, 10**6, "Planning")
@@ -458,25 +456,18 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 
 
 class Explorer(nn.Module):
-    """The agent in the real environment. At the start of each episode it draws how hot it acts; now and then it holds a random action for a
-    while (temporally extended epsilon-greedy: Dabney et al., 2021), which tries what single random actions never add up to."""
+    """The agent in the real environment: at the start of each episode it draws how hot it acts."""
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         super().__init__()
-        self.agent, self.env, self.settings = [agent], env, s  # in a list, so that the agent is not saved twice
+        self.agent, self.env, self.device = [agent], env, s.device  # in a list, so that the agent is not saved twice
         self.register_buffer("choices", torch.tensor(s.temperatures()), persistent=False)
         self.register_buffer("temperature", self.choices[:1].repeat(len(env.obs)))
-        self.register_buffer("held", torch.full((len(env.obs),), -1))  # the action being held, or -1
 
     def act(self, obs: Tensor) -> Tensor:
-        s, n = self.settings, len(obs)
-        drawn = self.choices[torch.randint(len(self.choices), (n,))]
+        drawn = self.choices[torch.randint(len(self.choices), (len(obs),))]
         self.temperature = torch.where(self.env.first, drawn, self.temperature)
-        begins, ends = torch.rand(2, n) < torch.tensor([[s.gather_hold], [1 / s.gather_hold_steps]])
-        kept = torch.where(ends | self.env.first, -1, self.held)
-        self.held = torch.where(begins & (kept < 0), torch.randint(self.env.num_actions, (n,)), kept)
-        actions = self.agent[0].act(obs.to(s.device), self.temperature[:, None].to(s.device)).cpu()
-        return torch.where(self.held < 0, actions, self.held)
+        return self.agent[0].act(obs.to(self.device), self.temperature[:, None].to(self.device)).cpu()
 
 
 def train_mpc(run: "Run"):
