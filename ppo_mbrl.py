@@ -776,9 +776,12 @@ class Run:
             if state is None:
                 self.view.say(f"Checkpoint {path.with_suffix('.safetensors')} is damaged; trying the one before it.")
                 continue
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            self.saved = {name: state[name] for name in self.COUNTERS}
+            try:
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+                self.saved = {name: state[name] for name in self.COUNTERS}
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise UsageError(f"{path} was written by another version of this kit and can't be resumed: {str(error).splitlines()[0]}")
             vars(self).update(self.saved)
             torch.set_rng_state(state["random"])
             if torch.cuda.is_available() and "random_cuda" in state:
@@ -883,13 +886,9 @@ class View:
     def start(self, run: Run):
         s = run.settings
         self.say(f"{s.mode} on {s.env_id}, seed {s.seed}, in {run.folder}" + f", from real step {run.real_steps:,}" * (run.real_steps > 0))
-        texts = [
-            TextColumn(text)
-            for text in ("{task.fields[now]:<16}", "{task.completed:,}/{task.total:,} real steps, {task.fields[rate]}", "left")
-        ]
-        self.progress = Progress(
-            texts[0], BarColumn(None), texts[1], TimeElapsedColumn(), TimeRemainingColumn(), texts[2], console=self.console
-        )
+        now, steps = TextColumn("{task.fields[now]:<16}"), TextColumn("{task.completed:,}/{task.total:,} real steps, {task.fields[rate]}")
+        left = TextColumn("left")
+        self.progress = Progress(now, BarColumn(None), steps, TimeElapsedColumn(), TimeRemainingColumn(), left, console=self.console)
         self.bar = self.progress.add_task("", total=s.total_steps, completed=run.real_steps, now="", rate="")
         self.began, self.from_steps = time.perf_counter(), run.real_steps
         if self.console.is_terminal:
@@ -993,11 +992,8 @@ def train(ctx: typer.Context, given: dict):
         return
     settings, view = Settings.resolve(given), View()
     panels = {f.name: f.metadata["panel"] for f in fields(Settings)}
-    idle = [
-        name
-        for name in given
-        if panels[name] in dict(ppo=("World model", "Dreams", "Planning"), simple=("Planning",), mpc=("PPO", "Dreams"))[settings.mode]
-    ]
+    unused = dict(ppo=("World model", "Dreams", "Planning"), simple=("Planning",), mpc=("PPO", "Dreams"))[settings.mode]
+    idle = [name for name in given if panels[name] in unused]
     if idle:
         view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")
     check_device(settings.device)
@@ -1030,7 +1026,7 @@ def train(ctx: typer.Context, given: dict):
 @app.command()
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    episodes: Annotated[int, typer.Option(min=1, max=100_000, help="Episodes, one on each environment seed from --seed on.")] = 100,
+    episodes: Annotated[int, typer.Option(min=1, max=10_000, help="Episodes, one on each environment seed from --seed on.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="First environment seed.")] = 20_000,
     gif: Annotated[Optional[Path], typer.Option(help="Also record the first episode here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
