@@ -952,6 +952,7 @@ def draw_training(rows: list[dict], threshold: float, path: Path):
             if points:
                 axis.plot(*zip(*points), label=name)
         axis.set(title=title, xlabel="real steps", yscale="log" if title == "losses" or title.startswith("model") else "linear")
+        axis.locator_params(axis="x", nbins=5)
         if axis.lines:
             axis.legend(fontsize=8)
     steps, mean, std = zip(
