@@ -81,7 +81,6 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_limit: int = setting(0, "Real episodes are cut, and their value goes on, after so many steps; 0: at the environment's own limit.", 0, 10**9, "Real environment")
     gather_temperatures: str = setting("0.3,1,2.5", "Temperatures of the policy where it gathers data for the model; each episode draws one.", panel="Real environment")
 
     gamma: float = setting(0.99, "Discount.", 0, 1, "PPO", ppo=0.999)
@@ -192,8 +191,8 @@ class Environments:
     midst of episodes, can be saved: it is the random state before the last reset and the actions since.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0):
-        self.envs = [make_env(env_id, **(dict(max_episode_steps=limit) if limit else {})) for _ in range(num_envs)]
+    def __init__(self, env_id: str, num_envs: int, seed: int):
+        self.envs = [make_env(env_id) for _ in range(num_envs)]
         self.past = [None] * num_envs  # random state before the reset, actions since
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
@@ -371,7 +370,7 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout,
 
 def train_ppo(run: "Run"):
     """PPO in the real environment (Schulman et al., 2017, Algorithm 1)."""
-    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed, run.settings.gather_limit)
+    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
     scale = ReturnScale(s.num_envs, s.gamma)
@@ -391,7 +390,7 @@ def train_ppo(run: "Run"):
 
 def train_simple(run: "Run"):
     """SimPLe (Kaiser et al., 2020, Algorithm 1): gather, fit, improve the policy in dreams, repeat."""
-    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed, run.settings.gather_limit)
+    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
@@ -476,7 +475,7 @@ def train_mpc(run: "Run"):
 
     Each plan starts without memory and looks `plan_horizon` steps ahead; the settings of dreams and PPO play no part.
     """
-    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed, run.settings.gather_limit)
+    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
