@@ -50,8 +50,10 @@ from world_model import (
     WorldModel,
     draw_diagnosis,
     fit,
+    intact,
     measure,
     plan,
+    pyplot,
     run_command,
     setting,
     settings_command,
@@ -830,8 +832,7 @@ class Run:
 def read_checkpoint(path: Path) -> dict | None:
     """The state behind a checkpoint's .json, or None if either file is damaged. Nothing in it is ever executed."""
     try:
-        data = path.with_suffix(".safetensors").read_bytes()
-        if json.loads(path.read_text())["sha256"] != hashlib.sha256(data).hexdigest():
+        if not intact(path.with_suffix(".safetensors")):
             return None
         with safe_open(path.with_suffix(".safetensors"), "pt") as file:
             return unpack(json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in file.keys()})
@@ -940,11 +941,7 @@ PANELS = {  # title: names of the curves
 
 def draw_training(rows: list[dict], threshold: float, path: Path):
     """Returns, losses and the rest over real steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
     for axis, (title, names) in zip(axes.flat, PANELS.items()):
         for name in names:

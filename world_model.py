@@ -830,14 +830,21 @@ def place_map(model: WorldModel, replay: Replay, bins: int) -> tuple[Tensor, Ten
     return counts, torch.where(number > 0, total / number, torch.nan).sqrt().view(bins, bins), *edges
 
 
+def pyplot():
+    """matplotlib.pyplot, imported only where something is drawn, and without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
     """reward_histogram.png, dreams.png and map.png; all on held-out episodes. Draws nothing while no episode is held out."""
     if not replay.held_out.any():
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     def page(rows, columns, width, height):
         return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
@@ -889,12 +896,17 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
 # -------------------------------------------------------------------------------------------------------------- command line
 
 
+def intact(checkpoint: Path) -> bool:
+    """Whether a .safetensors file is the one whose SHA-256 stands in the .json beside it."""
+    return json.loads(checkpoint.with_suffix(".json").read_text())["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
 def load_replay(run_dir: Path, holdout: int, newest: int) -> Replay:
     """The real steps in a run's newest checkpoint."""
     files = sorted((run_dir / "checkpoint").glob("*.safetensors"))
     try:
         tensors = load_file(files[-1])
-        if json.loads(files[-1].with_suffix(".json").read_text())["sha256"] != hashlib.sha256(files[-1].read_bytes()).hexdigest():
+        if not intact(files[-1]):
             raise UsageError(f"Checkpoint {files[-1]} is damaged.")
         steps = Rollout(**{name: tensors[f"replay.{name}"] for name in Rollout._fields})
     except (IndexError, KeyError, OSError, ValueError, SafetensorError) as error:
