@@ -83,13 +83,15 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_temperatures: str = setting("0.3,1,2.5", "Temperatures of the policy where it gathers data for the model; each episode draws one.", panel="Real environment")
+    gather_temperatures: str = setting("1,3", "Temperatures of the policy where it gathers data: the first one usually, one of the others in hot stretches.", panel="Real environment")
+    gather_cold: float = setting(200.0, "Mean steps from one hot stretch to the next.", 1, 1e9, "Real environment")
+    gather_hot: float = setting(50.0, "Mean steps of a hot stretch.", 1, 1e9, "Real environment")
 
-    gamma: float = setting(0.99, "Discount.", 0, 1, "PPO", ppo=0.999)
-    gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
-    lr: float = setting(3e-4, "Adam's learning rate.", 1e-8, 1, "PPO")
+    gamma: float = setting(0.998, "Discount.", 0, 1, "PPO", ppo=0.999)
+    gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
+    lr: float = setting(5e-4, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(3, "Passes over each rollout.", 1, 10_000, "PPO", ppo=4)
-    minibatch: int = setting(2048, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(512, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
     entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
@@ -98,14 +100,14 @@ class Settings(ModelSettings):
     temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
-    rounds: int = setting(10, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
+    rounds: int = setting(8, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
     dreams: int = setting(400, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(60, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
-    horizon: int = setting(60, "A dream is cut, and its value goes on, after so many steps; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
+    horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
-    beginnings: float = setting(0.35, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
+    beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
 
     plan_horizon: int = setting(12, "Steps the planner looks ahead.", 1, 10_000, "Planning")
@@ -409,7 +411,8 @@ def train_simple(run: "Run"):
         scale.update(rollout)
         run.phase("fitting")  # line 5: update the model on all of them
         log = learn(run, model, wm_optimizer, replay)
-        agent.normaliser.load_state_dict(model.obs_scale.state_dict())
+        if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
+            agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
         run.end_iteration(log)
@@ -458,17 +461,23 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 
 
 class Explorer(nn.Module):
-    """The agent in the real environment: at the start of each episode it draws how hot it acts."""
+    """The agent in the real environment. It goes where its policy leads, and from there now and then explores in a hot stretch
+    (first return, then explore: Ecoffet et al., 2021). Each episode begins cold."""
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         super().__init__()
         self.agent, self.env, self.device = [agent], env, s.device  # in a list, so that the agent is not saved twice
-        self.register_buffer("choices", torch.tensor(s.temperatures()), persistent=False)
-        self.register_buffer("temperature", self.choices[:1].repeat(len(env.obs)))
+        self.usual, *hot = s.temperatures()
+        self.hot, self.chance_cold, self.chance_hot = torch.tensor(hot or [self.usual]), 1 / s.gather_cold, 1 / s.gather_hot
+        self.register_buffer("temperature", torch.full((len(env.obs),), self.usual))
+        self.register_buffer("is_hot", torch.zeros(len(env.obs), dtype=torch.bool))
 
     def act(self, obs: Tensor) -> Tensor:
-        drawn = self.choices[torch.randint(len(self.choices), (len(obs),))]
-        self.temperature = torch.where(self.env.first, drawn, self.temperature)
+        change = torch.rand(len(obs)) < torch.where(self.is_hot, self.chance_hot, self.chance_cold)
+        drawn = self.hot[torch.randint(len(self.hot), (len(obs),))]
+        self.temperature = torch.where(change, torch.where(self.is_hot, self.usual, drawn), self.temperature)
+        self.is_hot = (self.is_hot ^ change) & ~self.env.first
+        self.temperature = torch.where(self.env.first, self.usual, self.temperature)
         return self.agent[0].act(obs.to(self.device), self.temperature[:, None].to(self.device)).cpu()
 
 

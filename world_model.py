@@ -47,18 +47,18 @@ class ModelSettings:
     wm_target: Literal["direct", "delta", "ode"] = setting("delta", "What the network predicts: the next observation, its change, or a derivative that RK4 integrates.")
     wm_likelihood: Literal["gaussian", "squared", "absolute"] = setting("gaussian", "Loss of the dynamics. Only gaussian learns, and dreams with, the environment's noise.")
     wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
-    wm_hidden: int = setting(128, "Width of every hidden layer.", 1, 10_000)
-    wm_layers: int = setting(2, "Hidden layers of each network.", 1, 20)
+    wm_hidden: int = setting(64, "Width of every hidden layer.", 1, 10_000)
+    wm_layers: int = setting(3, "Hidden layers of each network.", 1, 20)
     wm_memory: Literal["none", "gru"] = setting("none", "What the model remembers of the episode so far.")
     wm_memory_size: int = setting(32, "Units of the GRU.", 1, 10_000)
     wm_memory_window: int = setting(16, "Steps a GRU is unrolled for in training and before a dream.", 2, 1000)
-    wm_heads: Literal["sa", "sas"] = setting("sas", "Reward and ending are predicted from (obs, action), or from (obs, action, next_obs).")
+    wm_heads: Literal["sa", "sas"] = setting("sas", "Reward and ending are predicted from (obs, action), or from (obs, action, next_obs) with a potential.")
     wm_ending: Literal["member", "mean", "agree"] = setting("mean", "Who decides that a dream ends: its own member, the mean of all members' logits, or the least convinced one (optimism).")
     wm_binary: bool = setting(True, "Give observation columns that only ever hold 0 and 1 a Bernoulli head.")
     wm_autoencoder: float = setting(1.0, "Weight of the denoising autoencoder's error in the uncertainty; needs --uncertainty autoencoder or both.", 0, 1e6)
     wm_autoencoder_window: int = setting(4, "Steps of (obs, action) the autoencoder sees at once.", 1, 1000)
     wm_autoencoder_noise: float = setting(0.1, "Standard deviation of the noise it learns to remove, in standard deviations of the data.", 1e-6, 100)
-    wm_lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1)
+    wm_lr: float = setting(3e-3, "Adam's learning rate at the beginning of each fit; it falls to a tenth.", 1e-8, 1)
     wm_weight_decay: float = setting(1e-5, "Decoupled weight decay.", 0, 1)
     wm_batch: int = setting(256, "Real steps in a minibatch of each member.", 1, 1_000_000)
     wm_updates: int = setting(200, "Gradient steps an iteration.", 0, 10_000_000)
@@ -68,7 +68,7 @@ class ModelSettings:
     wm_margin: float = setting(0.1, "Imagined observations are clipped to the range of the data plus this share of it.", 0, 1e6)
     uncertainty: Literal["none", "ensemble", "autoencoder", "both"] = setting("ensemble", "Where a dream's uncertainty comes from.", panel="Dreams")
     uncertainty_use: Literal["end", "penalise"] = setting("end", "Cut a dream where it grows uncertain, or subtract the uncertainty from the reward.", panel="Dreams")
-    uncertainty_limit: float = setting(3.0, "Dreams are cut above this uncertainty; 1 is the 95th percentile on real steps.", 0, 1e6, "Dreams")
+    uncertainty_limit: float = setting(1.5, "Dreams are cut above this uncertainty; 1 is the most (99.8 %) that real steps show.", 0, 1e6, "Dreams")
     uncertainty_penalty: float = setting(0.1, "Price of one unit of uncertainty, in standard deviations of the reward.", 0, 1e6, "Dreams")
     # fmt: on
 
@@ -287,6 +287,25 @@ class GRUMemory(nn.Module):
         return update * hidden + (1 - update) * candidate
 
 
+class NoPotential(nn.Module):
+    """The potential that is switched off."""
+
+    def forward(self, here: Tensor, there: Tensor) -> float:
+        return 0.0
+
+
+class Potential(nn.Module):
+    """phi(there) - phi(here) for normalised observations (E, B, O) -> (E, B): the part of a reward that no loop can mine (Ng et al., 1999)."""
+
+    def __init__(self, members: int, obs_dim: int, hidden: int, layers: int):
+        super().__init__()
+        self.net = ensemble_mlp(members, obs_dim, hidden, layers, 1)
+
+    def forward(self, here: Tensor, there: Tensor) -> Tensor:
+        before, after = self.net(torch.cat([here, there], 1))[..., 0].chunk(2, 1)
+        return after - before
+
+
 class NoAutoencoder(nn.Module):
     """The autoencoder that is switched off: no error anywhere, nothing to train."""
 
@@ -357,8 +376,9 @@ def absolute_error(error: Tensor, logvar: Tensor) -> Tensor:
 
 
 def gaussian_error(error: Tensor, logvar: Tensor) -> Tensor:
-    """Negative log-likelihood of a normal distribution, without its constant."""
-    return (error.square() * (-logvar).exp() + logvar) / 2
+    """Negative log-likelihood of a normal distribution, without its constant, times its standard deviation: else the rare steps that are
+    hard to predict, such as a touch of the ground, are soon taken for noise and never learned (beta-NLL of Seitzer et al., 2022, eq. 5, beta 1/2)."""
+    return (error.square() * (-logvar).exp() + logvar) / 2 * (logvar.detach() / 2).exp()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -377,7 +397,7 @@ class WorldModel(nn.Module):
     def __init__(self, obs_dim: int, num_actions: int, settings: ModelSettings):
         super().__init__()
         s, features, E = settings, obs_dim + num_actions, settings.wm_ensemble
-        self.members, self.num_actions, self.margin = E, num_actions, s.wm_margin
+        self.members, self.num_actions, self.margin, self.lr = E, num_actions, s.wm_margin, s.wm_lr
         self.memory = GRUMemory(E, features, s.wm_memory_size, s.wm_memory_window) if s.wm_memory == "gru" else NoMemory()
         denoise = s.uncertainty in ("autoencoder", "both")
         self.autoencoder = (
@@ -387,6 +407,7 @@ class WorldModel(nn.Module):
         known = features + self.memory.size
         self.dynamics = ensemble_mlp(E, known, s.wm_hidden, s.wm_layers, 3 * obs_dim)
         self.heads = ensemble_mlp(E, known + (obs_dim if s.wm_heads == "sas" else 0), s.wm_hidden, s.wm_layers, 3)
+        self.potential = Potential(E, obs_dim, s.wm_hidden, s.wm_layers) if s.wm_heads == "sas" else NoPotential()
         self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
         self.error = dict(gaussian=gaussian_error, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
@@ -400,8 +421,10 @@ class WorldModel(nn.Module):
         self.target_unit = (self.obs_scale if s.wm_target == "direct" else self.change_scale).inverse
         for name, size in dict(binary=obs_dim, obs_low=obs_dim, obs_high=obs_dim, reward_range=2, last_reward_range=2).items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.bool if name == "binary" else torch.float))
+        self.register_buffer("actions", torch.eye(num_actions), persistent=False)
+        self.register_buffer("slope", torch.ones(()))  # of the potential: standard deviations of the observation in one of its change
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and shift of the ending's logit
-        self.register_buffer("typical", torch.ones(2))  # 95th percentiles of disagreement and autoencoder error on real steps
+        self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
         """Takes scales from the fitted episodes, the range of observations and the binary columns from all. Learned weights stay."""
@@ -411,6 +434,7 @@ class WorldModel(nn.Module):
         self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
         self.obs_scale.fit(steps.obs, keep=self.binary)
         self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
+        self.slope.copy_(self.mean_over_numbers(self.obs_scale.std / self.change_scale.std))
         low, high = both.amin(0), both.amax(0)
         self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
         for rewards, scale, range in (
@@ -428,7 +452,7 @@ class WorldModel(nn.Module):
 
     def features(self, obs: Tensor, action: Tensor) -> Tensor:
         """(..., O) and (...) -> (..., F): the normalised observation and the action as one-hot."""
-        return torch.cat([self.obs_scale(obs), F.one_hot(action, self.num_actions).to(obs.dtype)], -1)
+        return torch.cat([self.obs_scale(obs), self.actions[action]], -1)
 
     def transition(self, x: Tensor, obs: Tensor, hidden: Tensor) -> Transition:
         """Features x (E, B, F) of obs (E, B, O), hidden (E, B, H) -> the distribution of the next observation."""
@@ -446,7 +470,9 @@ class WorldModel(nn.Module):
 
     def outcome(self, x: Tensor, change: Tensor, hidden: Tensor) -> Outcome:
         """Features x (E, B, F) of a step, change (E, B, O) = next_obs - obs, hidden (E, B, H) -> reward and ending."""
-        return Outcome(*self.heads(torch.cat([x, self.see(self.change_scale(change)), hidden], -1)).unbind(-1))
+        reward, last_reward, ending = self.heads(torch.cat([x, self.see(self.change_scale(change)), hidden], -1)).unbind(-1)
+        here = x[..., : len(self.binary)]
+        return Outcome(reward + self.slope * self.potential(here, here + change / self.obs_scale.std), last_reward, ending)
 
     # --- learning
 
@@ -510,6 +536,10 @@ class WorldModel(nn.Module):
         sample = torch.where(self.binary, (torch.rand_like(sample) < expected.logit.sigmoid()).to(sample.dtype), sample)
         return torch.clamp(sample, self.obs_low, self.obs_high)
 
+    def outside(self, obs: Tensor) -> Tensor:
+        """(B, O) -> (B): whether an observation was clipped; columns that never change don't count."""
+        return (((obs <= self.obs_low) | (obs >= self.obs_high)) & (self.obs_low < self.obs_high)).any(-1)
+
     def most_likely(self, expected: Transition) -> Tensor:
         return torch.where(self.binary, (expected.logit > 0).to(expected.mean.dtype), expected.mean)
 
@@ -561,7 +591,8 @@ def fit(
     where = where if len(where) else replay.fitted.nonzero()
     before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
     windows = max(1, batch // model.memory.window)
-    for _ in range(updates):
+    for i in range(updates):
+        optimizer.param_groups[0]["lr"] = model.lr * (1 - 0.9 * i / updates)
         window, valid = replay.window(*sample(where, (model.members, windows)), before, 1)
         losses = model.loss(window, valid)
         optimizer.zero_grad(set_to_none=True)
@@ -605,7 +636,7 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
     """
     unseen = replay.held_out if replay.held_out.any() else torch.ones_like(replay.held_out)
     step, _, outcome, disagreement, unusual = judge(model, replay, *spread(unseen.nonzero(), limit))
-    model.typical.copy_(torch.stack([quantiles(disagreement, 0.95)[0], quantiles(unusual, 0.95)[0]]).clamp(min=1e-6))
+    model.typical.copy_(torch.stack([quantiles(disagreement, 0.998)[0], quantiles(unusual, 0.998)[0]]).clamp(min=1e-6))
     logit = model.verdict(outcome.ending, lambda x: x)  # (B), or (E, B) where each member decides for itself
     free = torch.tensor([0.0, 0.0], device=logit.device, requires_grad=True)  # log slope, shift
     lbfgs = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
@@ -629,7 +660,7 @@ class Dream:
 
     Each dream belongs to one member for good: drawing the member anew at every step would average its systematic errors away (Chua et al., 2018,
     TS-infinity). It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
-    else any. Where it ends, grows too uncertain, or is `horizon` steps old, a new one starts in its place. Every `realign` steps (0: never) all
+    else any. Where it ends, leaves the range of the data, grows too uncertain, or is `horizon` steps old, a new one starts in its place. Every `realign` steps (0: never) all
     dreams are moved to the nearest real observation, a projection onto the data; what they remember stays.
     """
 
@@ -676,7 +707,7 @@ class Dream:
         self.steps += 1
         if self.realign and self.steps % self.realign == 0:
             next_obs = self.nearest(next_obs)
-        truncated = ((uncertainty > self.limit) | (self.age >= self.horizon)) & ~terminated
+        truncated = ((uncertainty > self.limit) | m.outside(next_obs) | (self.age >= self.horizon)) & ~terminated
 
         over = terminated | truncated
         obs, hidden_0, history = self.pool

@@ -499,7 +499,7 @@ def test_a_run_is_named_after_what_differs_from_the_defaults():
     name = lambda **given: str(Settings.resolve(given).folder())  # noqa: E731
     assert name() == "runs/LunarLander-v3/simple/seed_0"
     assert name(mode="ppo", seed=3, total_steps=5) == "runs/LunarLander-v3/ppo/seed_3"
-    assert name(wm_target="ode", gamma=0.99) == "runs/LunarLander-v3/simple_wm_target=ode/seed_0"
+    assert name(wm_target="ode", gamma=0.998) == "runs/LunarLander-v3/simple_wm_target=ode/seed_0"
     assert name(mode="ppo", gamma=0.99) == "runs/LunarLander-v3/ppo_gamma=0.99/seed_0"
 
 
@@ -572,7 +572,7 @@ def test_a_folder_with_other_settings_is_refused_and_left_alone(tmp_path, monkey
     capsys.readouterr()
     assert train(tmp_path, gamma=0.5, wm_target="ode", seed=1) == 2
     error = capsys.readouterr().err
-    for part in ("gamma was 0.99 and is now 0.5", "wm_target was 'delta' and is now 'ode'", "seed was 0 and is now 1"):
+    for part in ("gamma was 0.998 and is now 0.5", "wm_target was 'delta' and is now 'ode'", "seed was 0 and is now 1"):
         assert part in error
     assert error.count(" was ") == 3 and contents(tmp_path) == before
 

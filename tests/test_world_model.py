@@ -17,7 +17,9 @@ from world_model import (
     EnsembleLinear,
     GRUMemory,
     ModelSettings,
+    NoPotential,
     Normaliser,
+    Potential,
     Replay,
     Rollout,
     UsageError,
@@ -156,10 +158,41 @@ def test_quantiles_are_ranks():
 def test_the_errors_are_those_of_the_named_distributions():
     error, logvar = torch.randn(50), torch.randn(50)
     normal = torch.distributions.Normal(torch.zeros(50), (logvar / 2).exp())
-    torch.testing.assert_close(gaussian_error(error, logvar), -normal.log_prob(error) - math.log(2 * math.pi) / 2, atol=1e-5, rtol=1e-5)
+    nll = -normal.log_prob(error) - math.log(2 * math.pi) / 2
+    torch.testing.assert_close(gaussian_error(error, logvar), nll * normal.stddev, atol=1e-4, rtol=1e-4)
     zeros = torch.zeros(50)
     torch.testing.assert_close(squared_error(error, logvar), F.mse_loss(error, zeros, reduction="none"))
     torch.testing.assert_close(absolute_error(error, logvar), F.l1_loss(error, zeros, reduction="none"))
+
+
+def test_the_gaussian_error_teaches_its_mean_as_if_each_step_were_worth_its_standard_deviation():
+    error, logvar = torch.randn(50, requires_grad=True), torch.randn(50, requires_grad=True)
+    normal = torch.distributions.Normal(error, (logvar / 2).exp())
+    nll = torch.autograd.grad(-normal.log_prob(torch.zeros(50)).sum(), (error, logvar))
+    ours = torch.autograd.grad(gaussian_error(error, logvar).sum(), (error, logvar))
+    for mine, theirs in zip(ours, nll):
+        torch.testing.assert_close(mine, theirs * (logvar.detach() / 2).exp(), atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- potential
+
+
+def test_a_potential_cannot_be_mined_in_a_loop():
+    phi, path = Potential(3, 4, 16, 2), torch.randn(10, 3, 5, 4)
+    steps = torch.stack([phi(a, b) for a, b in zip(path, path.roll(-1, 0))])
+    assert steps.abs().mean() > 0.01
+    torch.testing.assert_close(steps.sum(0), torch.zeros(3, 5), atol=1e-5, rtol=0)
+
+
+def test_the_reward_is_the_head_and_the_potential_of_the_true_next_observation():
+    model, replay = WorldModel(3, 2, ModelSettings(wm_binary=False)), filled(random_rollout(100, 1, 3, seed=3))
+    model.adapt(replay)
+    obs, next_obs, hidden = torch.randn(5, 7, 3), torch.randn(5, 7, 3), torch.zeros(5, 7, 0)
+    x = model.features(obs, torch.randint(2, (5, 7)))
+    alone = model.heads(torch.cat([x, model.change_scale(next_obs - obs)], -1))[..., 0]
+    phi = [model.potential.net(model.obs_scale(o))[..., 0] for o in (obs, next_obs)]
+    slope = (model.obs_scale.std / model.change_scale.std).mean()
+    torch.testing.assert_close(model.outcome(x, next_obs - obs, hidden).reward, alone + slope * (phi[1] - phi[0]), atol=1e-4, rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- integrators
@@ -378,6 +411,7 @@ def true_model(target: str, s: ModelSettings, ends=lambda x: x[..., 0] > 1e9) ->
     fields = dict(direct=(A, b), delta=(A - np.eye(3), b), ode=(G, c))
     unit = model.obs_scale if target == "direct" else model.change_scale
     model.dynamics = TrueDynamics(model, lambda obs, action: mixed(*fields[target], obs, action), unit)
+    model.potential = NoPotential()
     model.heads = TrueHeads(model, lambda x: 2 * x[..., 0] - x[..., 1], ends)
     return model
 
@@ -427,6 +461,7 @@ def test_the_planner_finds_what_trying_every_sequence_finds(price, gamma, goal, 
     s = ModelSettings(wm_likelihood="squared", wm_ensemble=2)
     model = true_model("delta", s)
     A, b = exact_flow(*oscillator())
+    model.potential = NoPotential()
     model.heads = TrueHeads(model, lambda x: -price - (x[..., 0] - goal) ** 2, lambda x: x[..., i] > limit)
     starts = np.random.default_rng(0).normal(size=(40, 3))
     torch.manual_seed(0)
