@@ -83,7 +83,7 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_temperatures: str = setting("1,3", "Temperatures of the policy where it gathers data: the first one usually, one of the others in hot stretches.", panel="Real environment")
+    gather_temperatures: str = setting("1,3", "Temperatures of the policy where it gathers data: the first one usually, one of the others in hot stretches, growing with the episode.", panel="Real environment")
     gather_cold: float = setting(200.0, "Mean steps from one hot stretch to the next.", 1, 1e9, "Real environment")
     gather_hot: float = setting(50.0, "Mean steps of a hot stretch.", 1, 1e9, "Real environment")
 
@@ -462,7 +462,8 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 
 class Explorer(nn.Module):
     """The agent in the real environment. It goes where its policy leads, and from there now and then explores in a hot stretch
-    (first return, then explore: Ecoffet et al., 2021). Each episode begins cold."""
+    (first return, then explore: Ecoffet et al., 2021). Each episode begins cold, and its hot stretches grow hotter: where nothing ever happens,
+    such as hovering, something has to."""
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         super().__init__()
@@ -474,7 +475,10 @@ class Explorer(nn.Module):
 
     def act(self, obs: Tensor) -> Tensor:
         change = torch.rand(len(obs)) < torch.where(self.is_hot, self.chance_hot, self.chance_cold)
-        drawn = self.hot[torch.randint(len(self.hot), (len(obs),))]
+        age = torch.tensor([len(actions) for _, actions in self.env.past])
+        drawn = self.hot[torch.randint(len(self.hot), (len(obs),))] * (
+            1 + age * self.chance_cold
+        )  # the longer an episode lasts, the hotter
         self.temperature = torch.where(change, torch.where(self.is_hot, self.usual, drawn), self.temperature)
         self.is_hot = (self.is_hot ^ change) & ~self.env.first
         self.temperature = torch.where(self.env.first, self.usual, self.temperature)
