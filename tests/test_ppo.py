@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo_mbrl
-from ppo_mbrl import Agent, Environments, ReturnScale, Settings, compute_gae, fates, outcome, pack, ppo_loss, ppo_update, unpack
+from ppo_mbrl import Agent, Environments, Explorer, ReturnScale, Settings, compute_gae, fates, outcome, pack, ppo_loss, ppo_update, unpack
 from world_model import Rollout, UsageError
 
 # --------------------------------------------------------------------------------------------------------------- advantages
@@ -353,3 +353,25 @@ def test_environments_that_do_not_fit_are_refused_in_one_sentence(observation, a
 )
 def test_a_run_is_called_what_its_curve_shows(curve, final, expected):
     assert outcome(curve, final, threshold=200, random=-180) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------- exploring
+
+
+def test_hot_stretches_come_as_often_and_last_as_long_as_is_asked_and_grow_with_the_episode():
+    s = Settings(env_id="MountainCar-v0", gather_temperatures="0.5,2,4", gather_cold=40.0, gather_hot=10.0)
+    env = Environments(s.env_id, 50, 0)  # its episodes last 200 steps
+    explorer, heat, ages = Explorer(Agent(2, 3, 8), env, s), [], []
+    torch.manual_seed(0)
+    for _ in range(400):
+        ages.append(torch.tensor([len(actions) for _, actions in env.past]))
+        env.step(explorer.act(env.obs))
+        heat.append(explorer.temperature)
+    heat, ages = torch.stack(heat), torch.stack(ages)
+    hot = heat != 0.5
+    assert not hot[ages == 0].any()
+    began, ended = ~hot[:-1] & hot[1:] & (ages[1:] > 0), hot[:-1] & ~hot[1:] & (ages[1:] > 0)
+    assert float(began.sum() / (~hot[:-1]).sum()) == pytest.approx(1 / 40, rel=0.2)
+    assert float(ended.sum() / (hot[:-1] & (ages[1:] > 0)).sum()) == pytest.approx(1 / 10, rel=0.2)
+    unscaled = heat[1:][began] / (1 + ages[1:][began] / 40)
+    assert {round(float(x), 3) for x in unscaled} == {2.0, 4.0}

@@ -525,6 +525,16 @@ def test_uncertainty_cuts_dreams_above_the_limit_and_does_not_end_them():
     assert (terminated.numpy() & (uncertainty > 1.0)).any()
 
 
+def test_dreams_end_where_the_data_ends_and_columns_that_never_change_do_not_count():
+    torch.manual_seed(0)
+    model, _, dream = quarrelsome("end", "none")
+    low, high = torch.tensor([-0.5, -1e6, 2.0]), torch.tensor([0.7, 1e6, 2.0])
+    model.obs_low.copy_(low), model.obs_high.copy_(high)
+    _, next_obs, _, truncated = dream.step(torch.zeros(200, dtype=torch.long))
+    clipped = (next_obs[:, 0] <= -0.5) | (next_obs[:, 0] >= 0.7)
+    assert (next_obs[:, 2] == 2).all() and truncated.tolist() == clipped.tolist() and clipped.any() and not clipped.all()
+
+
 def test_the_penalty_lowers_the_reward_by_what_is_documented_and_cuts_nothing():
     rewards = {}
     for use, uncertainty in (("penalise", "ensemble"), ("penalise", "none"), ("end", "none")):
@@ -712,3 +722,13 @@ def test_the_same_seed_fits_the_same_model():
         return torch.cat([p.flatten() for p in model.parameters()])
 
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+
+
+def test_each_fit_lowers_its_learning_rate_to_a_tenth():
+    s = ModelSettings(wm_hidden=4, wm_ensemble=2)
+    model, replay, rates = WorldModel(3, 2, s), filled(random_rollout(100, 1, 3, seed=5)), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    for _ in range(2):
+        fit(model, optimizer, replay, 100, 8, lambda: rates.append(optimizer.param_groups[0]["lr"]))
+    np.testing.assert_allclose(rates[:100], s.wm_lr * (1 - 0.009 * np.arange(100)))
+    assert rates[:100] == rates[100:]
