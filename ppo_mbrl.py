@@ -83,11 +83,11 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_temperatures: str = setting("1,3", "Temperatures of the policy where it gathers data: the first one usually, one of the others in hot stretches, growing with the episode.", panel="Real environment")
-    gather_cold: float = setting(200.0, "Mean steps from one hot stretch to the next.", 1, 1e9, "Real environment")
-    gather_hot: float = setting(50.0, "Mean steps of a hot stretch.", 1, 1e9, "Real environment")
+    gather_temperatures: str = setting("1,3", "Temperatures of the policy where it gathers data: the first one usually, one of the others in hot stretches, times 1 + age of the episode / --gather-cold.", panel="Exploring")
+    gather_cold: float = setting(200.0, "Mean steps between two hot stretches.", 1, 1e9, "Exploring")
+    gather_hot: float = setting(50.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
 
-    gamma: float = setting(0.998, "Discount.", 0, 1, "PPO", ppo=0.999)
+    gamma: float = setting(0.998, "Discount.", 0, 1, "PPO", ppo=0.999, mpc=0.99)
     gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(5e-4, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(3, "Passes over each rollout.", 1, 10_000, "PPO", ppo=4)
@@ -103,7 +103,7 @@ class Settings(ModelSettings):
     rounds: int = setting(8, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
     dreams: int = setting(400, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(60, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
-    horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
+    horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
@@ -224,6 +224,10 @@ class Environments:
             self.obs[i] = self.begin(i)
         return torch.tensor(rewards, dtype=torch.float32), next_obs, terminated, truncated
 
+    def age(self) -> Tensor:
+        """(N): steps since each episode began."""
+        return torch.tensor([len(actions) for _, actions in self.past])
+
     def state_dict(self) -> dict:
         return dict(past=[list(past) for past in self.past], first=self.first)
 
@@ -251,7 +255,7 @@ def mlp(size_in: int, hidden: int, size_out: int, last_gain: float) -> nn.Sequen
 
 
 class Agent(nn.Module):
-    """A stochastic policy and a value function over the same observation, normalised in dreams and as it is in the real environment."""
+    """A stochastic policy and a value function over the same observation, in its own units; normalised by the scales of the first fit."""
 
     def __init__(self, obs_dim: int, num_actions: int, hidden: int):
         super().__init__()
@@ -357,8 +361,9 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout,
     batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)]
     size, infos = len(batch[0]), []
     for _ in range(s.epochs):
-        for index in torch.randperm(size, device=batch[0].device).split(s.minibatch):
-            loss, info = ppo_loss(agent, *(x[index] for x in batch), s, temperature)
+        order = torch.randperm(size, device=batch[0].device)
+        for minibatch in zip(*(x[order].split(s.minibatch) for x in batch)):
+            loss, info = ppo_loss(agent, *minibatch, s, temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
@@ -469,16 +474,14 @@ class Explorer(nn.Module):
         super().__init__()
         self.agent, self.env, self.device = [agent], env, s.device  # in a list, so that the agent is not saved twice
         self.usual, *hot = s.temperatures()
-        self.hot, self.chance_cold, self.chance_hot = torch.tensor(hot or [self.usual]), 1 / s.gather_cold, 1 / s.gather_hot
+        self.hot, self.chance_cold, self.chance_hot = torch.tensor(hot or [self.usual]), 1 / s.gather_cold if hot else 0.0, 1 / s.gather_hot
         self.register_buffer("temperature", torch.full((len(env.obs),), self.usual))
         self.register_buffer("is_hot", torch.zeros(len(env.obs), dtype=torch.bool))
 
     def act(self, obs: Tensor) -> Tensor:
         change = torch.rand(len(obs)) < torch.where(self.is_hot, self.chance_hot, self.chance_cold)
-        age = torch.tensor([len(actions) for _, actions in self.env.past])
-        drawn = self.hot[torch.randint(len(self.hot), (len(obs),))] * (
-            1 + age * self.chance_cold
-        )  # the longer an episode lasts, the hotter
+        heat = 1 + self.env.age() * self.chance_cold  # the longer an episode lasts, the hotter
+        drawn = self.hot[torch.randint(len(self.hot), (len(obs),))] * heat
         self.temperature = torch.where(change, torch.where(self.is_hot, self.usual, drawn), self.temperature)
         self.is_hot = (self.is_hot ^ change) & ~self.env.first
         self.temperature = torch.where(self.env.first, self.usual, self.temperature)
@@ -488,7 +491,7 @@ class Explorer(nn.Module):
 def train_mpc(run: "Run"):
     """Planning instead of a policy (Chua et al., 2018, Algorithm 1): gather with the planner, fit, repeat.
 
-    Each plan starts without memory and looks `plan_horizon` steps ahead; the settings of dreams and PPO play no part.
+    Each plan starts without memory and looks `plan_horizon` steps ahead; of the settings of PPO and dreams only the discount plays a part.
     """
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
@@ -657,8 +660,8 @@ class Run:
         if path.exists():
             try:
                 old = json.loads(path.read_text())
-                old = {name: old[name] for name in now}
-            except (ValueError, KeyError, TypeError):
+                old = {name: old.get(name) for name in now} | {name: old[name] for name in ("mode", "env_id", "seed")}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
             if self.settings.fresh:
                 for file in [*self.checkpoints("*"), *(self.folder / name for name in FILES)]:
@@ -1003,8 +1006,10 @@ def train(ctx: typer.Context, given: dict):
         return
     settings, view = Settings.resolve(given), View()
     panels = {f.name: f.metadata["panel"] for f in fields(Settings)}
-    unused = dict(ppo=("World model", "Dreams", "Planning"), simple=("Planning",), mpc=("PPO", "Dreams"))[settings.mode]
-    idle = [name for name in given if panels[name] in unused]
+    unused = dict(ppo=("Exploring", "World model", "Dreams", "Planning"), simple=("Planning",), mpc=("Exploring", "PPO", "Dreams"))[
+        settings.mode
+    ]
+    idle = [name for name in given if panels[name] in unused and (settings.mode, name) != ("mpc", "gamma")]
     if idle:
         view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")
     check_device(settings.device)

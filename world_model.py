@@ -11,6 +11,7 @@ Errors of the dynamics are always in standard deviations of the change of each o
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -46,6 +47,7 @@ class ModelSettings:
     # fmt: off
     wm_target: Literal["direct", "delta", "ode"] = setting("delta", "What the network predicts: the next observation, its change, or a derivative that RK4 integrates.")
     wm_likelihood: Literal["gaussian", "squared", "absolute"] = setting("gaussian", "Loss of the dynamics. Only gaussian learns, and dreams with, the environment's noise.")
+    wm_beta: float = setting(0.5, "Weight of a step in the gaussian loss: its standard deviation to the power of twice this; 0 is plain likelihood.", 0, 1)
     wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
     wm_hidden: int = setting(64, "Width of every hidden layer.", 1, 10_000)
     wm_layers: int = setting(3, "Hidden layers of each network.", 1, 20)
@@ -65,10 +67,10 @@ class ModelSettings:
     wm_first_updates: int = setting(1000, "Gradient steps of the first fit: a policy that starts in a bad model learns to exploit it.", 0, 10_000_000)
     wm_newest: int = setting(0, "Fit to the newest so many real steps of each environment only; 0 keeps everything.", 0, 1_000_000_000)
     wm_holdout: int = setting(10, "Every so-manieth episode is held out to measure the model.", 2, 1_000_000)
-    wm_margin: float = setting(0.1, "Imagined observations are clipped to the range of the data plus this share of it.", 0, 1e6)
+    wm_margin: float = setting(0.1, "Dreams stay within the range of the data plus this share of it, and are cut where they would leave it.", 0, 1e6)
     uncertainty: Literal["none", "ensemble", "autoencoder", "both"] = setting("ensemble", "Where a dream's uncertainty comes from.", panel="Dreams")
     uncertainty_use: Literal["end", "penalise"] = setting("end", "Cut a dream where it grows uncertain, or subtract the uncertainty from the reward.", panel="Dreams")
-    uncertainty_limit: float = setting(1.5, "Dreams are cut above this uncertainty; 1 is the most (99.8 %) that real steps show.", 0, 1e6, "Dreams")
+    uncertainty_limit: float = setting(1.5, "Dreams are cut above this uncertainty; 1 is the 99.8th percentile on held-out real steps.", 0, 1e6, "Dreams")
     uncertainty_penalty: float = setting(0.1, "Price of one unit of uncertainty, in standard deviations of the reward.", 0, 1e6, "Dreams")
     # fmt: on
 
@@ -295,7 +297,7 @@ class NoPotential(nn.Module):
 
 
 class Potential(nn.Module):
-    """phi(there) - phi(here) for normalised observations (E, B, O) -> (E, B): the part of a reward that no loop can mine (Ng et al., 1999)."""
+    """phi(there) - phi(here) for normalised observations (E, B, O) -> (E, B): a part of the reward that no loop can mine (after Ng et al., 1999)."""
 
     def __init__(self, members: int, obs_dim: int, hidden: int, layers: int):
         super().__init__()
@@ -375,10 +377,12 @@ def absolute_error(error: Tensor, logvar: Tensor) -> Tensor:
     return error.abs()
 
 
-def gaussian_error(error: Tensor, logvar: Tensor) -> Tensor:
-    """Negative log-likelihood of a normal distribution, without its constant, times its standard deviation: else the rare steps that are
-    hard to predict, such as a touch of the ground, are soon taken for noise and never learned (beta-NLL of Seitzer et al., 2022, eq. 5, beta 1/2)."""
-    return (error.square() * (-logvar).exp() + logvar) / 2 * (logvar.detach() / 2).exp()
+def gaussian_error(error: Tensor, logvar: Tensor, beta: float) -> Tensor:
+    """Negative log-likelihood of a normal distribution, without its constant, times its variance to the power of beta (Seitzer et al., 2022).
+
+    Under plain likelihood, beta 0, rare steps that are hard to predict, such as a touch of the ground, soon pass for noise and are never learned.
+    """
+    return (error.square() * (-logvar).exp() + logvar) / 2 * (beta * logvar.detach()).exp()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -397,7 +401,7 @@ class WorldModel(nn.Module):
     def __init__(self, obs_dim: int, num_actions: int, settings: ModelSettings):
         super().__init__()
         s, features, E = settings, obs_dim + num_actions, settings.wm_ensemble
-        self.members, self.num_actions, self.margin, self.lr = E, num_actions, s.wm_margin, s.wm_lr
+        self.members, self.num_actions, self.margin = E, num_actions, s.wm_margin
         self.memory = GRUMemory(E, features, s.wm_memory_size, s.wm_memory_window) if s.wm_memory == "gru" else NoMemory()
         denoise = s.uncertainty in ("autoencoder", "both")
         self.autoencoder = (
@@ -409,7 +413,9 @@ class WorldModel(nn.Module):
         self.heads = ensemble_mlp(E, known + (obs_dim if s.wm_heads == "sas" else 0), s.wm_hidden, s.wm_layers, 3)
         self.potential = Potential(E, obs_dim, s.wm_hidden, s.wm_layers) if s.wm_heads == "sas" else NoPotential()
         self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
-        self.error = dict(gaussian=gaussian_error, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
+        self.error = dict(gaussian=functools.partial(gaussian_error, beta=s.wm_beta), squared=squared_error, absolute=absolute_error)[
+            s.wm_likelihood
+        ]
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
         self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
         self.see = (lambda change: change) if s.wm_heads == "sas" else (lambda change: change[..., :0])
@@ -421,7 +427,7 @@ class WorldModel(nn.Module):
         self.target_unit = (self.obs_scale if s.wm_target == "direct" else self.change_scale).inverse
         for name, size in dict(binary=obs_dim, obs_low=obs_dim, obs_high=obs_dim, reward_range=2, last_reward_range=2).items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.bool if name == "binary" else torch.float))
-        self.register_buffer("actions", torch.eye(num_actions), persistent=False)
+        self.register_buffer("one_hot", torch.eye(num_actions), persistent=False)
         self.register_buffer("slope", torch.ones(()))  # of the potential: standard deviations of the observation in one of its change
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and shift of the ending's logit
         self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
@@ -452,7 +458,7 @@ class WorldModel(nn.Module):
 
     def features(self, obs: Tensor, action: Tensor) -> Tensor:
         """(..., O) and (...) -> (..., F): the normalised observation and the action as one-hot."""
-        return torch.cat([self.obs_scale(obs), self.actions[action]], -1)
+        return torch.cat([self.obs_scale(obs), self.one_hot[action]], -1)
 
     def transition(self, x: Tensor, obs: Tensor, hidden: Tensor) -> Transition:
         """Features x (E, B, F) of obs (E, B, O), hidden (E, B, H) -> the distribution of the next observation."""
@@ -537,8 +543,8 @@ class WorldModel(nn.Module):
         return torch.clamp(sample, self.obs_low, self.obs_high)
 
     def outside(self, obs: Tensor) -> Tensor:
-        """(B, O) -> (B): whether an observation was clipped; columns that never change don't count."""
-        return (((obs <= self.obs_low) | (obs >= self.obs_high)) & (self.obs_low < self.obs_high)).any(-1)
+        """(B, O) -> (B): whether a number in an imagined observation was clipped; columns that never change don't count."""
+        return (((obs <= self.obs_low) | (obs >= self.obs_high)) & (self.obs_low < self.obs_high) & ~self.binary).any(-1)
 
     def most_likely(self, expected: Transition) -> Tensor:
         return torch.where(self.binary, (expected.logit > 0).to(expected.mean.dtype), expected.mean)
@@ -592,7 +598,7 @@ def fit(
     before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
     windows = max(1, batch // model.memory.window)
     for i in range(updates):
-        optimizer.param_groups[0]["lr"] = model.lr * (1 - 0.9 * i / updates)
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * (1 - 0.9 * i / updates)
         window, valid = replay.window(*sample(where, (model.members, windows)), before, 1)
         losses = model.loss(window, valid)
         optimizer.zero_grad(set_to_none=True)
@@ -701,7 +707,7 @@ class Dream:
         m = self.model
         x, next_obs, reward, terminated, hidden, disagreement = m.imagine(self.obs, actions, self.hidden, self.member)
         window = torch.cat([self.history, x[:, None]], 1)
-        uncertainty = torch.stack([disagreement, m.autoencoder.error(window)], -1) / m.typical @ self.weights
+        uncertainty = (torch.stack([disagreement, m.autoencoder.error(window)], -1) / m.typical * self.weights).amax(-1)
         reward = reward - self.penalty * m.reward_scale.std * uncertainty
         self.age += 1
         self.steps += 1

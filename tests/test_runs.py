@@ -238,8 +238,17 @@ def interrupted_after(monkeypatch, ticks: int):
 
 
 RUNS = {
-    "simple": dict(total_steps=180),
-    "gru and both": dict(total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperatures="0.5,2", realign=3),
+    "simple": dict(total_steps=180, gather_cold=5.0, gather_hot=5.0),
+    "gru and both": dict(
+        total_steps=180,
+        wm_memory="gru",
+        uncertainty="both",
+        num_envs=2,
+        gather_temperatures="0.5,2",
+        gather_cold=5.0,
+        gather_hot=5.0,
+        realign=3,
+    ),
     "ppo": dict(mode="ppo", num_envs=3, total_steps=540, temperature_end=0.5),
     "mpc": dict(mode="mpc", total_steps=150),
 }
@@ -575,6 +584,30 @@ def test_a_folder_with_other_settings_is_refused_and_left_alone(tmp_path, monkey
     for part in ("gamma was 0.998 and is now 0.5", "wm_target was 'delta' and is now 'ode'", "seed was 0 and is now 1"):
         assert part in error
     assert error.count(" was ") == 3 and contents(tmp_path) == before
+
+
+def test_a_folder_of_an_older_kit_with_fewer_settings_is_refused_with_a_sentence_and_begun_anew_when_asked(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert train(folder) == 0
+        config = json.loads((folder / "config.json").read_text())
+        del config["gather_cold"]
+        (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert train(tmp_path / "a") == 2 and "gather_cold was None and is now 200.0" in capsys.readouterr().err
+    assert command(*flags(TINY | dict(run_dir=tmp_path / "b")), "--fresh") == 0
+
+
+def test_the_agent_keeps_the_normaliser_of_the_first_fit(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    for steps in (90, 150):  # the second run goes on from the first
+        assert train(tmp_path, total_steps=steps) == 0
+        seen = load_file(tmp_path / "policy.safetensors")
+        if steps == 90:
+            first = seen
+        model = load_file(sorted((tmp_path / "checkpoint").glob("*.safetensors"))[-1])
+        assert not torch.equal(model["model.obs_scale.mean"], seen["normaliser.mean"])  # the model's own moves on
+    assert torch.equal(first["normaliser.mean"], seen["normaliser.mean"]) and torch.equal(first["normaliser.std"], seen["normaliser.std"])
 
 
 def test_folders_that_are_no_folders_are_refused(tmp_path, capsys):

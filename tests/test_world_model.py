@@ -159,7 +159,8 @@ def test_the_errors_are_those_of_the_named_distributions():
     error, logvar = torch.randn(50), torch.randn(50)
     normal = torch.distributions.Normal(torch.zeros(50), (logvar / 2).exp())
     nll = -normal.log_prob(error) - math.log(2 * math.pi) / 2
-    torch.testing.assert_close(gaussian_error(error, logvar), nll * normal.stddev, atol=1e-4, rtol=1e-4)
+    for beta in (0.0, 0.5, 1.0):
+        torch.testing.assert_close(gaussian_error(error, logvar, beta), nll * normal.variance**beta, atol=1e-4, rtol=1e-4)
     zeros = torch.zeros(50)
     torch.testing.assert_close(squared_error(error, logvar), F.mse_loss(error, zeros, reduction="none"))
     torch.testing.assert_close(absolute_error(error, logvar), F.l1_loss(error, zeros, reduction="none"))
@@ -169,7 +170,7 @@ def test_the_gaussian_error_teaches_its_mean_as_if_each_step_were_worth_its_stan
     error, logvar = torch.randn(50, requires_grad=True), torch.randn(50, requires_grad=True)
     normal = torch.distributions.Normal(error, (logvar / 2).exp())
     nll = torch.autograd.grad(-normal.log_prob(torch.zeros(50)).sum(), (error, logvar))
-    ours = torch.autograd.grad(gaussian_error(error, logvar).sum(), (error, logvar))
+    ours = torch.autograd.grad(gaussian_error(error, logvar, 0.5).sum(), (error, logvar))
     for mine, theirs in zip(ours, nll):
         torch.testing.assert_close(mine, theirs * (logvar.detach() / 2).exp(), atol=1e-5, rtol=1e-5)
 
@@ -535,6 +536,16 @@ def test_dreams_end_where_the_data_ends_and_columns_that_never_change_do_not_cou
     assert (next_obs[:, 2] == 2).all() and truncated.tolist() == clipped.tolist() and clipped.any() and not clipped.all()
 
 
+def test_binary_columns_are_never_outside():
+    model = WorldModel(3, 2, ModelSettings(wm_margin=0.0))
+    obs = torch.rand(200, 2, 3)
+    obs[..., 2] = (obs[..., 2] > 0.5).float()
+    model.adapt(filled(random_rollout(200, 2, 3, seed=1)._replace(obs=obs, next_obs=obs.roll(-1, 0))))
+    assert model.binary.tolist() == [False, False, True]
+    assert not model.outside(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 1.0]])).any()
+    assert model.outside(torch.tensor([[0.5, 2.0, 0.0], [-1.0, 0.5, 1.0]])).all()
+
+
 def test_the_penalty_lowers_the_reward_by_what_is_documented_and_cuts_nothing():
     rewards = {}
     for use, uncertainty in (("penalise", "ensemble"), ("penalise", "none"), ("end", "none")):
@@ -730,5 +741,5 @@ def test_each_fit_lowers_its_learning_rate_to_a_tenth():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     for _ in range(2):
         fit(model, optimizer, replay, 100, 8, lambda: rates.append(optimizer.param_groups[0]["lr"]))
-    np.testing.assert_allclose(rates[:100], s.wm_lr * (1 - 0.009 * np.arange(100)))
+    np.testing.assert_allclose(rates[:100], 1 - 0.009 * np.arange(100))
     assert rates[:100] == rates[100:]
