@@ -361,9 +361,8 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout,
     batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)]
     size, infos = len(batch[0]), []
     for _ in range(s.epochs):
-        order = torch.randperm(size, device=batch[0].device)
-        for minibatch in zip(*(x[order].split(s.minibatch) for x in batch)):
-            loss, info = ppo_loss(agent, *minibatch, s, temperature)
+        for index in torch.randperm(size, device=batch[0].device).split(s.minibatch):
+            loss, info = ppo_loss(agent, *(x[index] for x in batch), s, temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
@@ -636,7 +635,7 @@ class Run:
         self.settings, self.view, self.folder = settings, view, settings.folder()
         self.real_steps = self.imagined_steps = self.iteration = 0
         self.steps_to_solve, self.evaluated = None, 0
-        self.saved = {name: getattr(self, name) for name in self.COUNTERS}
+        self.saved = self.counters()
         self.wall, self.cpu, self.signal = time.perf_counter(), time.process_time(), None
         threshold = make_env(settings.env_id).spec.reward_threshold
         self.threshold = 200.0 if threshold is None else threshold  # what counts as solved
@@ -762,14 +761,13 @@ class Run:
 
     COUNTERS = "real_steps", "imagined_steps", "steps_to_solve", "iteration", "evaluated"
 
+    def counters(self) -> dict:
+        return {name: getattr(self, name) for name in self.COUNTERS}
+
     def save(self):
         """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. The last two are kept."""
         tree = {name: part.state_dict() for name, part in self.parts.items()} | {"random": torch.get_rng_state()}
-        tree |= (
-            {name: getattr(self, name) for name in self.COUNTERS}
-            | self.clocks()
-            | {"metrics_bytes": (self.folder / "metrics.jsonl").stat().st_size}
-        )
+        tree |= self.counters() | self.clocks() | {"metrics_bytes": (self.folder / "metrics.jsonl").stat().st_size}
         if torch.cuda.is_available():
             tree["random_cuda"] = torch.cuda.get_rng_state_all()
         tensors = {}
@@ -780,7 +778,7 @@ class Run:
         stem = self.folder / "checkpoint" / f"{self.iteration:08d}"
         write_atomically(stem.with_suffix(".safetensors"), data)
         write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest())).encode())
-        self.saved = {name: getattr(self, name) for name in self.COUNTERS}
+        self.saved = self.counters()
         kept = [path.stem for path in self.checkpoints("json")[-2:]]
         for old in self.checkpoints("*"):
             if old.name[:8] not in kept:

@@ -413,9 +413,8 @@ class WorldModel(nn.Module):
         self.heads = ensemble_mlp(E, known + (obs_dim if s.wm_heads == "sas" else 0), s.wm_hidden, s.wm_layers, 3)
         self.potential = Potential(E, obs_dim, s.wm_hidden, s.wm_layers) if s.wm_heads == "sas" else NoPotential()
         self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
-        self.error = dict(gaussian=functools.partial(gaussian_error, beta=s.wm_beta), squared=squared_error, absolute=absolute_error)[
-            s.wm_likelihood
-        ]
+        gaussian = functools.partial(gaussian_error, beta=s.wm_beta)
+        self.error = dict(gaussian=gaussian, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
         self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
         self.see = (lambda change: change) if s.wm_heads == "sas" else (lambda change: change[..., :0])
@@ -666,8 +665,8 @@ class Dream:
 
     Each dream belongs to one member for good: drawing the member anew at every step would average its systematic errors away (Chua et al., 2018,
     TS-infinity). It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
-    else any. Where it ends, leaves the range of the data, grows too uncertain, or is `horizon` steps old, a new one starts in its place. Every `realign` steps (0: never) all
-    dreams are moved to the nearest real observation, a projection onto the data; what they remember stays.
+    else any. Where it ends, leaves the range of the data, grows too uncertain, or is `horizon` steps old, a new one starts in its place. Every
+    `realign` steps (0: never) all dreams are moved to the nearest real observation, a projection onto the data; what they remember stays.
     """
 
     def __init__(self, model: WorldModel, replay: Replay, num_envs: int, settings, beginnings=0.0, rare=0.0, horizon=math.inf, realign=0):
@@ -753,7 +752,7 @@ def plan(model: WorldModel, obs: Tensor, hidden: Tensor, horizon: int, candidate
             alive, at, memory = alive * (1 - ends), next_at, model.memory(x, memory)
         best = score.view(E, N, candidates).mean(0).topk(max(1, candidates // 10), -1).indices
         elite = sequences.gather(1, best[..., None].expand(-1, -1, horizon))
-        chances = 0.1 * chances + 0.9 * F.one_hot(elite, A).to(obs.dtype).mean(1)
+        chances = 0.1 * chances + 0.9 * model.one_hot[elite].mean(1)
     return chances[:, 0].argmax(-1)
 
 
