@@ -83,9 +83,10 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_temperatures: str = setting("1,3", "Temperatures of the policy where it gathers data: the first one usually, one of the others in hot stretches, times 1 + age of the episode / --gather-cold.", panel="Exploring")
-    gather_cold: float = setting(200.0, "Mean steps between two hot stretches.", 1, 1e9, "Exploring")
-    gather_hot: float = setting(50.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
+    gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data.", 1e-3, 1e3, "Exploring")
+    hot_temperature: float = setting(10.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
+    hot_every: float = setting(100.0, "Mean steps between two hot stretches of an episode.", 1, 1e9, "Exploring")
+    hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
 
     gamma: float = setting(0.998, "Discount.", 0, 1, "PPO", ppo=0.999, mpc=0.99)
     gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
@@ -130,16 +131,8 @@ class Settings(ModelSettings):
             raise UsageError(f"--beginnings and --rare are shares of the same dreams: {self.beginnings:g} + {self.rare:g} is more than 1.")
         if 0 < self.temperature_end < 1e-3:
             raise UsageError(f"--temperature-end must be 0 or at least 0.001, not {self.temperature_end}.")
-        self.temperatures()
-
-    def temperatures(self) -> list[float]:
-        with contextlib.suppress(ValueError):
-            values = [float(x) for x in self.gather_temperatures.split(",")]
-            if all(1e-3 <= x <= 1e3 for x in values):
-                return values
-        raise UsageError(
-            f"--gather-temperatures must be numbers between 0.001 and 1000 with commas between them, not {self.gather_temperatures!r}."
-        )
+        if 0 < self.hot_temperature < 1e-3:
+            raise UsageError(f"--hot-temperature must be 0 or at least 0.001, not {self.hot_temperature}.")
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
@@ -471,20 +464,16 @@ class Explorer(nn.Module):
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         super().__init__()
-        self.agent, self.env, self.device = [agent], env, s.device  # in a list, so that the agent is not saved twice
-        self.usual, *hot = s.temperatures()
-        self.hot, self.chance_cold, self.chance_hot = torch.tensor(hot or [self.usual]), 1 / s.gather_cold if hot else 0.0, 1 / s.gather_hot
-        self.register_buffer("temperature", torch.full((len(env.obs),), self.usual))
-        self.register_buffer("is_hot", torch.zeros(len(env.obs), dtype=torch.bool))
+        self.agent, self.env, self.settings = [agent], env, s  # in a list, so that the agent is not saved twice
+        self.register_buffer("temperature", torch.full((len(env.obs),), s.gather_temperature))
 
     def act(self, obs: Tensor) -> Tensor:
-        change = torch.rand(len(obs)) < torch.where(self.is_hot, self.chance_hot, self.chance_cold)
-        heat = 1 + self.env.age() * self.chance_cold  # the longer an episode lasts, the hotter
-        drawn = self.hot[torch.randint(len(self.hot), (len(obs),))] * heat
-        self.temperature = torch.where(change, torch.where(self.is_hot, self.usual, drawn), self.temperature)
-        self.is_hot = (self.is_hot ^ change) & ~self.env.first
-        self.temperature = torch.where(self.env.first, self.usual, self.temperature)
-        return self.agent[0].act(obs.to(self.device), self.temperature[:, None].to(self.device)).cpu()
+        s, cold = self.settings, self.temperature == self.settings.gather_temperature
+        change = torch.rand(len(obs)) < torch.where(cold, (s.hot_temperature > 0) / s.hot_every, 1 / s.hot_steps)
+        heat = s.hot_temperature * (1 + self.env.age() / s.hot_every)  # the longer an episode lasts, the hotter
+        self.temperature = torch.where(change, torch.where(cold, heat, s.gather_temperature), self.temperature)
+        self.temperature = torch.where(self.env.first, s.gather_temperature, self.temperature)
+        return self.agent[0].act(obs.to(s.device), self.temperature[:, None].to(s.device)).cpu()
 
 
 def train_mpc(run: "Run"):

@@ -138,14 +138,14 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_temperatures="0.01,3"),
+        dict(gather_temperature=0.01, hot_temperature=3.0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
         dict(wm_binary=False, wm_margin=0.0, wm_autoencoder_window=9, uncertainty="autoencoder"),
         dict(wm_updates=0),
         dict(gamma=1.0, gae_lambda=1.0, entropy_coef=0.0, clip=0.0, wm_layers=1),
-        dict(gather_temperatures="1", beginnings=1.0, rare=0.0),
+        dict(hot_temperature=0.0, beginnings=1.0, rare=0.0),
     ],
     ids=lambda choice: " ".join(flags(choice)),
 )
@@ -238,16 +238,9 @@ def interrupted_after(monkeypatch, ticks: int):
 
 
 RUNS = {
-    "simple": dict(total_steps=180, gather_cold=5.0, gather_hot=5.0),
+    "simple": dict(total_steps=180, hot_every=5.0, hot_steps=5.0),
     "gru and both": dict(
-        total_steps=180,
-        wm_memory="gru",
-        uncertainty="both",
-        num_envs=2,
-        gather_temperatures="0.5,2",
-        gather_cold=5.0,
-        gather_hot=5.0,
-        realign=3,
+        total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, hot_every=5.0, hot_steps=5.0, realign=3
     ),
     "ppo": dict(mode="ppo", num_envs=3, total_steps=540, temperature_end=0.5),
     "mpc": dict(mode="mpc", total_steps=150),
@@ -528,8 +521,7 @@ BAD = {
     "huge seed": (dict(seed=10**400), "--seed must be between"),
     "device": (dict(device="nonsense"), "--device nonsense can't be used"),
     "shares": (dict(beginnings=0.8, rare=0.4), "more than 1"),
-    "temperatures": (dict(gather_temperatures="1,cold"), "--gather-temperatures must be numbers"),
-    "no temperature": (dict(gather_temperatures=""), "--gather-temperatures must be numbers"),
+    "hot temperature": (dict(hot_temperature=1e-4), "--hot-temperature must be 0 or at least"),
     "no config": (dict(config="/nowhere/x.json"), "can't be read as JSON"),
 }
 
@@ -591,10 +583,10 @@ def test_a_folder_of_an_older_kit_with_fewer_settings_is_refused_with_a_sentence
     for folder in (tmp_path / "a", tmp_path / "b"):
         assert train(folder) == 0
         config = json.loads((folder / "config.json").read_text())
-        del config["gather_cold"]
+        del config["hot_every"]
         (folder / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert train(tmp_path / "a") == 2 and "gather_cold was None and is now 200.0" in capsys.readouterr().err
+    assert train(tmp_path / "a") == 2 and "hot_every was None and is now 100.0" in capsys.readouterr().err
     assert command(*flags(TINY | dict(run_dir=tmp_path / "b")), "--fresh") == 0
 
 
