@@ -74,6 +74,7 @@ class Settings(ModelSettings):
     total_steps: int = setting(20_000, "Real steps of the whole run.", 1, 10**12, "Run", identity=False, ppo=1_000_000, mpc=5_000)
     run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
     config: str = setting("", "A JSON file of settings, such as a config.json; flags go before it.", panel="Run", identity=False)
+    gamma: float = setting(0.998, "Discount of PPO and of the planner.", 0, 1, "Run", ppo=0.999, mpc=0.99)
     eval_every: int = setting(500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False, ppo=25_000, mpc=2_500)
     fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
     device: str = setting("cpu", "Where to compute, such as cpu or cuda.", panel="Run", identity=False)
@@ -88,7 +89,6 @@ class Settings(ModelSettings):
     hot_every: float = setting(100.0, "Mean steps between two hot stretches of an episode.", 1, 1e9, "Exploring")
     hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
 
-    gamma: float = setting(0.998, "Discount.", 0, 1, "PPO", ppo=0.999, mpc=0.99)
     gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(5e-4, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(3, "Passes over each rollout.", 1, 10_000, "PPO", ppo=4)
@@ -996,7 +996,7 @@ def train(ctx: typer.Context, given: dict):
     unused = dict(ppo=("Exploring", "World model", "Dreams", "Planning"), simple=("Planning",), mpc=("Exploring", "PPO", "Dreams"))[
         settings.mode
     ]
-    idle = [name for name in given if panels[name] in unused and (settings.mode, name) != ("mpc", "gamma")]
+    idle = [name for name in given if panels[name] in unused]
     if idle:
         view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")
     check_device(settings.device)

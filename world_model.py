@@ -408,16 +408,16 @@ class WorldModel(nn.Module):
             Autoencoder(features, s.wm_autoencoder_window, s.wm_autoencoder_noise, s.wm_hidden) if denoise else NoAutoencoder()
         )
         self.context = max(self.memory.context, self.autoencoder.window - 1)  # real steps to look back on before a dream begins
-        known = features + self.memory.size
+        known, sees_next = features + self.memory.size, s.wm_heads == "sas"
         self.dynamics = ensemble_mlp(E, known, s.wm_hidden, s.wm_layers, 3 * obs_dim)
-        self.heads = ensemble_mlp(E, known + (obs_dim if s.wm_heads == "sas" else 0), s.wm_hidden, s.wm_layers, 3)
-        self.potential = Potential(E, obs_dim, max(1, s.wm_hidden // 2), max(1, s.wm_layers - 1)) if s.wm_heads == "sas" else NoPotential()
+        self.heads = ensemble_mlp(E, known + (obs_dim if sees_next else 0), s.wm_hidden, s.wm_layers, 3)
+        self.potential = Potential(E, obs_dim, max(1, s.wm_hidden // 2), max(1, s.wm_layers - 1)) if sees_next else NoPotential()
         self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
         gaussian = functools.partial(gaussian_error, beta=s.wm_beta)
         self.error = dict(gaussian=gaussian, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
         self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
-        self.see = (lambda change: change) if s.wm_heads == "sas" else (lambda change: change[..., :0])
+        self.see = (lambda change: change) if sees_next else (lambda change: change[..., :0])
         self.verdict = dict(member=lambda x, own: own(x), mean=lambda x, own: x.mean(0), agree=lambda x, own: x.min(0).values)[s.wm_ending]
         self.find_binary = s.wm_binary
 
@@ -439,7 +439,7 @@ class WorldModel(nn.Module):
         self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
         self.obs_scale.fit(steps.obs, keep=self.binary)
         self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
-        self.slope.copy_(self.mean_over_numbers(self.obs_scale.std / self.change_scale.std))
+        self.slope.copy_((self.obs_scale.std / self.change_scale.std).median())
         low, high = both.amin(0), both.amax(0)
         self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
         for rewards, scale, range in (
