@@ -90,9 +90,9 @@ class Settings(ModelSettings):
     hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
 
     gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
-    lr: float = setting(5e-4, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
+    lr: float = setting(7e-4, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(3, "Passes over each rollout.", 1, 10_000, "PPO", ppo=4)
-    minibatch: int = setting(512, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(1024, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
     entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")

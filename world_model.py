@@ -62,7 +62,7 @@ class ModelSettings:
     wm_autoencoder_noise: float = setting(0.1, "Standard deviation of the noise it learns to remove, in standard deviations of the data.", 1e-6, 100)
     wm_lr: float = setting(3e-3, "Adam's learning rate at the beginning of each fit; it falls to a tenth.", 1e-8, 1)
     wm_weight_decay: float = setting(1e-5, "Decoupled weight decay.", 0, 1)
-    wm_batch: int = setting(128, "Real steps in a minibatch of each member.", 1, 1_000_000)
+    wm_batch: int = setting(256, "Real steps in a minibatch of each member.", 1, 1_000_000)
     wm_updates: int = setting(200, "Gradient steps an iteration.", 0, 10_000_000)
     wm_first_updates: int = setting(1000, "Gradient steps of the first fit: a policy that starts in a bad model learns to exploit it.", 0, 10_000_000)
     wm_newest: int = setting(0, "Fit to the newest so many real steps of each environment only; 0 keeps everything.", 0, 1_000_000_000)
