@@ -90,9 +90,9 @@ class Settings(ModelSettings):
     hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
 
     gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
-    lr: float = setting(7e-4, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
+    lr: float = setting(5e-4, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(3, "Passes over each rollout.", 1, 10_000, "PPO", ppo=4)
-    minibatch: int = setting(1024, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(512, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
     entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
@@ -102,7 +102,7 @@ class Settings(ModelSettings):
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
     rounds: int = setting(8, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
-    dreams: int = setting(400, "Dreams side by side.", 1, 10**7, "Dreams")
+    dreams: int = setting(400, "Dreams side by side, rounded up to a multiple of the members.", 1, 10**7, "Dreams")
     dream_steps: int = setting(60, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
@@ -204,13 +204,14 @@ class Environments:
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
-        obs, rewards, terminated, truncated = [], [], [], []
-        for env, past, action in zip(self.envs, self.past, actions.tolist()):
-            o, r, ended, cut, _ = env.step(action + self.lowest)
+        actions = actions.tolist()
+        steps = [env.step(action + self.lowest) for env, action in zip(self.envs, actions)]
+        obs, rewards, terminated, truncated, _ = zip(*steps)
+        for past, action in zip(self.past, actions):
             past[1].append(action)
-            obs.append(o), rewards.append(r), terminated.append(ended), truncated.append(cut and not ended)
         next_obs = torch.as_tensor(np.array(obs, dtype=np.float32))
         terminated, truncated = torch.tensor(terminated), torch.tensor(truncated)
+        truncated &= ~terminated
         self.first = terminated | truncated
         self.obs = next_obs.clone()
         for i in self.first.nonzero()[:, 0].tolist():
