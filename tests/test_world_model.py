@@ -423,12 +423,12 @@ def test_a_dream_through_the_true_dynamics_is_reality(target, members):
     s = ModelSettings(wm_target=target, wm_likelihood="squared", wm_ensemble=members, uncertainty="none")
     model, replay = true_model(target, s, ends=lambda x: x[..., 0] > 1.5), filled(random_rollout(200, 2, 3, seed=8))
     A, b = exact_flow(*oscillator())
-    dream, seen = Dream(model, replay, 42, s, 0.3, 0.3), {tuple(x) for x in replay.steps.obs.flatten(0, 1).tolist()}
+    dream, seen = Dream(model, replay, 60, s, 0.3, 0.3), {tuple(x) for x in replay.steps.obs.flatten(0, 1).tolist()}
     state = dream.reset().double().numpy().copy()
     assert {tuple(x) for x in dream.obs.tolist()} <= seen
-    ends, untouched = 0, np.ones(42, bool)
+    ends, untouched = 0, np.ones(60, bool)
     for _ in range(20):
-        action = torch.randint(2, (42,))
+        action = torch.randint(2, (60,))
         real = np.einsum("nij,nj->ni", A[action], state) + b[action]
         ended = real[:, 0] > 1.5
         reward, next_obs, terminated, truncated = dream.step(action)
