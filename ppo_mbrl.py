@@ -207,17 +207,17 @@ class Environments:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
         actions = actions.tolist()
         steps = [env.step(action + self.lowest) for env, action in zip(self.envs, actions)]
-        obs, rewards, terminated, truncated, _ = zip(*steps)
+        obs, rewards, terminated, truncated, _ = (np.array(column) for column in zip(*steps))
+        truncated &= ~terminated
         for past, action in zip(self.past, actions):
             past[1].append(action)
-        next_obs = torch.as_tensor(np.array(obs, dtype=np.float32))
-        terminated, truncated = torch.tensor(terminated), torch.tensor(truncated)
-        truncated &= ~terminated
-        self.first = terminated | truncated
-        self.obs = next_obs.clone()
+        next_obs, rewards, terminated, truncated = map(
+            torch.from_numpy, (obs.astype(np.float32), rewards.astype(np.float32), terminated, truncated)
+        )
+        self.obs, self.first = next_obs.clone(), terminated | truncated
         for i in self.first.nonzero()[:, 0].tolist():
             self.obs[i] = self.begin(i)
-        return torch.tensor(rewards, dtype=torch.float32), next_obs, terminated, truncated
+        return rewards, next_obs, terminated, truncated
 
     def age(self) -> Tensor:
         """(N): steps since each episode began."""
@@ -287,10 +287,12 @@ class ReturnScale(nn.Module):
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares
 
     def update(self, rollout: Rollout):
-        for reward, over in zip(rollout.rewards, rollout.terminated | rollout.truncated):
-            self.running = self.gamma * self.running + reward
-            self.moments += torch.stack([torch.ones_like(self.running), self.running, self.running**2]).sum(1)
-            self.running = self.running * ~over
+        running, path = self.running.numpy(), []
+        for reward, goes_on in zip(rollout.rewards.numpy(), (~(rollout.terminated | rollout.truncated)).numpy()):
+            path.append(self.gamma * running + reward)
+            running = path[-1] * goes_on
+        self.running, path = torch.from_numpy(running), torch.from_numpy(np.array(path))
+        self.moments += torch.stack([torch.ones_like(path), path, path**2]).sum((1, 2))
 
     def __call__(self, rewards: Tensor) -> Tensor:
         count, total, squares = self.moments.tolist()
