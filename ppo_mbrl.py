@@ -258,9 +258,13 @@ class Agent(nn.Module):
         self.actor = mlp(obs_dim, hidden, num_actions, last_gain=0.01)
         self.critic = mlp(obs_dim, hidden, 1, last_gain=1.0)
 
+    def logits(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """(..., O) -> (..., A)."""
+        return self.actor(self.normaliser(obs)) / temperature
+
     def logprobs(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """(..., O) -> log-probabilities of all actions (..., A)."""
-        return (self.actor(self.normaliser(obs)) / temperature).log_softmax(-1)
+        return self.logits(obs, temperature).log_softmax(-1)
 
     def value(self, obs: Tensor) -> Tensor:
         """(..., O) -> (...)."""
@@ -268,13 +272,13 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-        """(N, O) -> sampled actions (N). The index of the smallest Exp(1) / p is a sample of p."""
-        logprobs = self.logprobs(obs, temperature)
-        return (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
+        """(N, O) -> sampled actions (N). The index of the smallest Exp(1) / p is a sample of p, and so it is if p is not normalised."""
+        logits = self.logits(obs, temperature)
+        return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
     @torch.no_grad()
     def greedy(self, obs: Tensor) -> Tensor:
-        return self.actor(self.normaliser(obs.to(self.normaliser.mean.device))).argmax(-1)
+        return self.logits(obs.to(self.normaliser.mean.device)).argmax(-1)
 
 
 class ReturnScale(nn.Module):
