@@ -216,7 +216,7 @@ def dreams(number: int):
     model, agent = a_model(s, replay), Agent(8, 4, 64)
     dream = Dream(model, replay, 512, s, s.beginnings, s.rare, s.horizon)
     actor = [(torch.randn(512, layer.in_features), layer.weight.detach().T) for layer in agent.actor[::2]]
-    matrices = products(model.dynamics, 512) + products(model.heads, 512) + products(model.potential, 1024) + actor
+    matrices = products(model.dynamics, 512) + products(model.heads, 512) + products(model.potential, 2 * 512 // 5) + actor
 
     @torch.no_grad()
     def bare():
@@ -375,6 +375,7 @@ def main(
     only: Annotated[str, typer.Option(help=f"Some of {', '.join(MEASURES)}, with commas between them.")] = ",".join(MEASURES),
     number: Annotated[int, typer.Option("--pairs", min=1, help="Pairs of each ratio.")] = 5,
     device: Annotated[str, typer.Option(help="cuda: measure dreams there instead.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The table goes here as CSV.")] = ROOT / "runs" / "benchmark" / "benchmark.csv",
 ):
     """Ratios of the kit's speed to its peers' and to the machine's limit."""
     unknown = [name for name in only.split(",") if name not in MEASURES]
@@ -397,9 +398,8 @@ def main(
             )
             console.print(f"{row['measure']}: {row['median']} ({row['target']})", highlight=False)
     console.print(table)
-    path = ROOT / "runs" / "benchmark" / "benchmark.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
