@@ -84,11 +84,10 @@ class Settings(ModelSettings):
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_low: float = setting(0.2, "An episode of gathering begins at a temperature drawn between this one ...", 1e-3, 1e3, "Exploring")
-    gather_high: float = setting(1.0, "... and this one, uniformly in its logarithm.", 1e-3, 1e3, "Exploring")
-    gather_doubling: float = setting(200.0, "Steps in which the temperature of an episode doubles: where nothing ever happens, something has to.", 1, 1e9, "Exploring")
-    duel_steps: int = setting(1000, "Real steps between two duels of champion and challenger; 0: one agent only.", 0, 10**12, "Exploring")
-    duel_rounds: int = setting(8, "PPO updates a fresh challenger gets before it acts.", 0, 1_000_000, "Exploring")
+    gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data.", 1e-3, 1e3, "Exploring")
+    hot_temperature: float = setting(10.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
+    hot_every: float = setting(100.0, "Mean steps between two hot stretches of an episode.", 1, 1e9, "Exploring")
+    hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
 
     gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -102,8 +101,8 @@ class Settings(ModelSettings):
     temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
-    rounds: int = setting(4, "PPO updates of each agent in dreams between two gatherings.", 1, 1_000_000, "Dreams")
-    dreams: int = setting(400, "Dreams side by side, rounded up to a multiple of the members.", 1, 10**7, "Dreams")
+    rounds: int = setting(5, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
+    dreams: int = setting(400, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(60, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
@@ -132,8 +131,8 @@ class Settings(ModelSettings):
             raise UsageError(f"--beginnings and --rare are shares of the same dreams: {self.beginnings:g} + {self.rare:g} is more than 1.")
         if 0 < self.temperature_end < 1e-3:
             raise UsageError(f"--temperature-end must be 0 or at least 0.001, not {self.temperature_end}.")
-        if self.gather_low > self.gather_high:
-            raise UsageError(f"--gather-low must not be above --gather-high: {self.gather_low:g} is above {self.gather_high:g}.")
+        if 0 < self.hot_temperature < 1e-3:
+            raise UsageError(f"--hot-temperature must be 0 or at least 0.001, not {self.hot_temperature}.")
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
@@ -207,13 +206,12 @@ class Environments:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
         actions = actions.tolist()
         steps = [env.step(action + self.lowest) for env, action in zip(self.envs, actions)]
-        obs, rewards, terminated, truncated, _ = (np.array(column) for column in zip(*steps))
-        truncated &= ~terminated
         for past, action in zip(self.past, actions):
             past[1].append(action)
-        next_obs, rewards, terminated, truncated = map(
-            torch.from_numpy, (obs.astype(np.float32), rewards.astype(np.float32), terminated, truncated)
-        )
+        obs, rewards, terminated, truncated, _ = zip(*steps)
+        next_obs, rewards = (torch.from_numpy(np.array(x, dtype=np.float32)) for x in (obs, rewards))
+        terminated, truncated = (torch.from_numpy(np.array(x, dtype=bool)) for x in (terminated, truncated))
+        truncated &= ~terminated
         self.obs, self.first = next_obs.clone(), terminated | truncated
         for i in self.first.nonzero()[:, 0].tolist():
             self.obs[i] = self.begin(i)
@@ -400,33 +398,27 @@ def train_ppo(run: "Run"):
 def train_simple(run: "Run"):
     """SimPLe (Kaiser et al., 2020, Algorithm 1): gather, fit, improve the policy in dreams, repeat."""
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
-    agents = [Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device) for _ in range(2 if s.duel_steps else 1)]
-    optimizers = [torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True) for agent in agents]
+    agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
     wm_optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
-    scale, duel = ReturnScale(s.num_envs, s.gamma), Duel(agents, optimizers, env, s)
-    parts = dict(duel=duel, model=model, wm_optimizer=wm_optimizer, replay=replay, scale=scale, env=env)
-    parts |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
-    run.begin(agents[0].greedy, policy=agents[0], parts=parts)
+    scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s)
+    parts = dict(agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay)
+    parts |= dict(scale=scale, explorer=explorer, env=env)
+    run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
-        rollout = gather(run, env, duel.act, replay)
+        rollout = gather(run, env, explorer.act, replay)
         scale.update(rollout)
-        log = duel.record(rollout)
         run.phase("fitting")  # line 5: update the model on all of them
-        log |= learn(run, model, wm_optimizer, replay)
+        log = learn(run, model, wm_optimizer, replay)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
-            for agent in agents:
-                agent.normaliser.load_state_dict(model.obs_scale.state_dict())
+            agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
-        improve = functools.partial(dream_and_improve, run, model, replay, scale)
-        if duel.settle(run.real_steps):
-            improve(agents[1], optimizers[1], s.duel_rounds)
-        for agent, optimizer in zip(agents[::-1], optimizers[::-1]):
-            dreamed = improve(agent, optimizer, s.rounds)
-        run.end_iteration(log | dreamed)  # the champion's
+        log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
+        run.end_iteration(log)
 
 
 def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
@@ -436,17 +428,17 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
     return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
 
 
-def dream_and_improve(run: "Run", model: WorldModel, replay: Replay, scale: ReturnScale, agent: Agent, optimizer, rounds: int) -> dict:
+def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale) -> dict:
     """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds."""
     s, temperature = run.settings, run.temperature()
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
     dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), []
-    for _ in range(rounds):
+    for _ in range(s.rounds):
         rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
         run.imagined_steps += rollout.actions.numel()
         log = ppo_update(agent, optimizer, rollout._replace(rewards=scale(rollout.rewards)), s, temperature)
         logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
-    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon} if logs else {}
+    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon}
 
 
 def fates(rollout: Rollout) -> dict[str, float]:
@@ -471,68 +463,23 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
     return rollout
 
 
-class Duel(nn.Module):
-    """Champion and challenger, who take turns in the real environment, an episode each. The champion is what is evaluated and saved.
+class Explorer(nn.Module):
+    """The agent in the real environment. It goes where its policy leads, and from there now and then explores in a hot stretch
+    (first return, then explore: Ecoffet et al., 2021). Each episode begins cold, and its hot stretches grow hotter: where nothing ever happens,
+    such as hovering, something has to."""
 
-    A policy that grew up in a poor model keeps its habits when the model is better (primacy bias: Nikishin et al., 2022); the one that learned
-    that every touch of the ground is a crash hovers, and no data ever tell it otherwise. So every `duel_steps` real steps the challenger takes
-    the champion's place if its latest real episodes were better, and a fresh one begins. Only steps that are counted decide.
-
-    Each episode has a temperature of its own, which grows with time: a cold start shows what the policy can do, heat gets it out of a rut.
-    """
-
-    LATEST = 5  # episodes of each that count in a duel
-
-    def __init__(self, agents: list[Agent], optimizers: list, env: Environments, s: Settings):
+    def __init__(self, agent: Agent, env: Environments, s: Settings):
         super().__init__()
-        self.agents, self.optimizers, self.env, self.settings, self.turns = nn.ModuleList(agents), optimizers, env, s, []
-        N = len(env.obs)
-        self.register_buffer("turn", torch.full((N,), -1))  # whose episode it is; -1: nobody's, it began at random
-        self.register_buffer("temperature", torch.full((N,), s.gather_high))  # at the beginning of the episode
-        self.register_buffer("running", torch.zeros(N))  # return of the episode so far
-        self.register_buffer("scores", torch.full((len(agents), self.LATEST), torch.nan))  # latest returns, NaN: not played yet
-        self.register_buffer("settled", torch.tensor(s.warmup_steps))  # real steps at the latest duel
+        self.agent, self.env, self.settings = [agent], env, s  # in a list, so that the agent is not saved twice
+        self.register_buffer("temperature", torch.full((len(env.obs),), s.gather_temperature))
 
     def act(self, obs: Tensor) -> Tensor:
-        """(N, O) -> actions (N) of those whose turn it is."""
-        s, first = self.settings, self.env.first
-        low, high = math.log(s.gather_low), math.log(s.gather_high)
-        self.turn = torch.where(first, (self.turn + 1) % len(self.agents), self.turn)
-        self.temperature = torch.where(first, (low + (high - low) * torch.rand(len(obs))).exp(), self.temperature)
-        self.turns.append(self.turn)
-        heat = (self.temperature * 2 ** (self.env.age() / s.gather_doubling)).clamp(max=1e6)[:, None].to(s.device)
-        actions = torch.stack([agent.act(obs.to(s.device), heat).cpu() for agent in self.agents])
-        return actions[self.turn, torch.arange(len(obs))]
-
-    def record(self, rollout: Rollout) -> dict:
-        """Notes the returns of the episodes that ended in a rollout made by `act`; the mean of the latest of each agent, for the log."""
-        for turn, reward, over in zip(self.turns, rollout.rewards, rollout.terminated | rollout.truncated):
-            self.running += reward
-            for i in over.nonzero()[:, 0].tolist():
-                if turn[i] >= 0:
-                    self.scores[turn[i]] = torch.cat([self.scores[turn[i], 1:], self.running[i : i + 1]])
-            self.running *= ~over
-        self.turns.clear()
-        means = [None if x.isnan() else float(x) for x in self.scores.nanmean(1)]
-        return dict(zip(("real/champion_return", "real/challenger_return"), means))
-
-    def settle(self, real_steps: int) -> bool:
-        """Holds a duel if it is time to; then the second agent is a fresh challenger. Both must have played: one episode and two."""
-        s, played = self.settings, (~self.scores.isnan()).sum(1)
-        if not s.duel_steps or real_steps < self.settled + s.duel_steps or played[0] < 1 or played[1] < 2:
-            return False
-        (champion, challenger), (own, other) = self.agents, self.optimizers
-        if self.scores[1].nanmean() > self.scores[0].nanmean():
-            champion.load_state_dict(challenger.state_dict())
-            own.load_state_dict(other.state_dict())
-            self.scores[0] = self.scores[1]
-        fresh = Agent(self.env.obs_dim, self.env.num_actions, s.hidden)
-        fresh.normaliser.load_state_dict(champion.normaliser.state_dict())
-        challenger.load_state_dict(fresh.state_dict())
-        other.state.clear()
-        self.scores[1] = torch.nan
-        self.settled.fill_(real_steps)
-        return True
+        s, cold = self.settings, self.temperature == self.settings.gather_temperature
+        change = torch.rand(len(obs)) < torch.where(cold, (s.hot_temperature > 0) / s.hot_every, 1 / s.hot_steps)
+        heat = s.hot_temperature * (1 + self.env.age() / s.hot_every)  # the longer an episode lasts, the hotter
+        self.temperature = torch.where(change, torch.where(cold, heat, s.gather_temperature), self.temperature)
+        self.temperature = torch.where(self.env.first, s.gather_temperature, self.temperature)
+        return self.agent[0].act(obs.to(s.device), self.temperature[:, None].to(s.device)).cpu()
 
 
 def train_mpc(run: "Run"):

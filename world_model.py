@@ -62,7 +62,7 @@ class ModelSettings:
     wm_autoencoder_noise: float = setting(0.1, "Standard deviation of the noise it learns to remove, in standard deviations of the data.", 1e-6, 100)
     wm_lr: float = setting(3e-3, "Adam's learning rate at the beginning of each fit; it falls to a tenth.", 1e-8, 1)
     wm_weight_decay: float = setting(1e-5, "Decoupled weight decay.", 0, 1)
-    wm_batch: int = setting(256, "Real steps in a minibatch of each member.", 1, 1_000_000)
+    wm_batch: int = setting(128, "Real steps in a minibatch of each member.", 1, 1_000_000)
     wm_updates: int = setting(200, "Gradient steps an iteration.", 0, 10_000_000)
     wm_first_updates: int = setting(1000, "Gradient steps of the first fit: a policy that starts in a bad model learns to exploit it.", 0, 10_000_000)
     wm_newest: int = setting(0, "Fit to the newest so many real steps of each environment only; 0 keeps everything.", 0, 1_000_000_000)
@@ -141,16 +141,7 @@ class Replay:
     def __init__(self, num_envs: int, obs_dim: int, holdout: int, newest: int = 0, device="cpu"):
         flags, numbers = torch.zeros(0, num_envs, dtype=torch.bool, device=device), torch.zeros(0, num_envs, device=device)
         vectors, counts = torch.zeros(0, num_envs, obs_dim, device=device), torch.zeros(0, num_envs, dtype=torch.long, device=device)
-        self.columns = [
-            vectors,
-            counts,
-            numbers,
-            vectors,
-            flags,
-            flags,
-            counts,
-            counts,
-        ]  # with room to grow, of which `length` steps are filled
+        self.columns = [vectors, counts, numbers, vectors, flags, flags, counts, counts]  # a Rollout, age, episode; with room to grow
         self.length, self.holdout, self.newest = 0, holdout, newest
 
     def __len__(self) -> int:
@@ -337,8 +328,8 @@ class GRUMemory(nn.Module):
 class NoPotential(nn.Module):
     """The potential that is switched off."""
 
-    def forward(self, here: Tensor, there: Tensor) -> Tensor:
-        return here.new_zeros(here.shape[:-1])
+    def forward(self, here: Tensor, there: Tensor) -> float:
+        return 0.0
 
 
 class Potential(nn.Module):
@@ -456,7 +447,7 @@ class WorldModel(nn.Module):
         known, sees_next = features + self.memory.size, s.wm_heads == "sas"
         self.dynamics = ensemble_mlp(E, known, s.wm_hidden, s.wm_layers, 3 * obs_dim)
         self.heads = ensemble_mlp(E, known + (obs_dim if sees_next else 0), s.wm_hidden, s.wm_layers, 3)
-        self.potential = Potential(E, obs_dim, s.wm_hidden, s.wm_layers) if sees_next else NoPotential()
+        self.potential = Potential(E, obs_dim, max(1, s.wm_hidden // 2), max(1, s.wm_layers - 1)) if sees_next else NoPotential()
         self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
         gaussian = functools.partial(gaussian_error, beta=s.wm_beta)
         self.error = dict(gaussian=gaussian, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
@@ -520,17 +511,9 @@ class WorldModel(nn.Module):
 
     def outcome(self, x: Tensor, change: Tensor, hidden: Tensor) -> Outcome:
         """Features x (E, B, F) of a step, change (E, B, O) = next_obs - obs, hidden (E, B, H) -> reward and ending."""
-        outcome = self.base_outcome(x, change, hidden)
-        return outcome._replace(reward=outcome.reward + self.gain(x, change))
-
-    def base_outcome(self, x: Tensor, change: Tensor, hidden: Tensor) -> Outcome:
-        """The outcome without the part of the reward that is a potential."""
-        return Outcome(*self.heads(torch.cat([x, self.see(self.change_scale(change)), hidden], -1)).unbind(-1))
-
-    def gain(self, x: Tensor, change: Tensor) -> Tensor:
-        """The part of the reward that is a potential: (E, B)."""
+        reward, last_reward, ending = self.heads(torch.cat([x, self.see(self.change_scale(change)), hidden], -1)).unbind(-1)
         here = x[..., : len(self.binary)]
-        return self.slope * self.potential(here, here + change / self.obs_scale.std)
+        return Outcome(reward + self.slope * self.potential(here, here + change / self.obs_scale.std), last_reward, ending)
 
     # --- learning
 
@@ -621,26 +604,18 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def imagine(self, obs: Tensor, action: Tensor, hidden: Tensor, member: Tensor) -> Imagined:
-        """One step of B dreams, from obs (B, O) and hidden (E, B, H) under action (B).
-
-        Each dream lives in the `member` (B) it belongs to; they are sorted by member, equally many each, so that what only a dream's own member
-        is asked for is one batched product as well.
-        """
+        """One step of B dreams, each in the `member` (B) it belongs to, from obs (B, O) and hidden (E, B, H) under action (B)."""
 
         def own(x):  # (E, B, ...) -> (B, ...)
             return x[member, dream]
-
-        def apart(x):  # (B, ...) -> (E, B / E, ...)
-            return x.unflatten(0, (self.members, -1))
 
         x = self.features(obs, action)
         dream, all_x, all_obs = torch.arange(len(obs), device=obs.device), self.everyone(x), self.everyone(obs)
         expected = self.transition(all_x, all_obs, hidden)
         next_obs = self.draw(Transition(*map(own, expected)))
-        outcome = self.base_outcome(all_x, self.everyone(next_obs - obs), hidden)
+        outcome = self.outcome(all_x, self.everyone(next_obs - obs), hidden)
         terminated = torch.rand(len(obs), device=obs.device) < self.ending(self.verdict(outcome.ending, own))
-        outcome = Outcome(*map(own, outcome))
-        reward, last_reward = self.rewards(outcome._replace(reward=outcome.reward + self.gain(apart(x), apart(next_obs - obs)).flatten()))
+        reward, last_reward = self.rewards(Outcome(*map(own, outcome)))
         reward = torch.where(terminated, last_reward, reward)
         return Imagined(x, next_obs, reward, terminated, self.memory(all_x, hidden), self.disagreement(expected))
 
@@ -725,14 +700,13 @@ class Dream:
     """Imagined episodes behind the real environments' interface: `reset()`, then `step(actions)` on N of them at once; `obs` is where they are.
 
     Each dream belongs to one member for good: drawing the member anew at every step would average its systematic errors away (Chua et al., 2018,
-    TS-infinity); N is rounded up to a multiple of the members. It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
+    TS-infinity). It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
     else any. Where it ends, leaves the range of the data, grows too uncertain, or is `horizon` steps old, a new one starts in its place. Every
     `realign` steps (0: never) all dreams are moved to the nearest real observation, a projection onto the data; what they remember stays.
     """
 
     def __init__(self, model: WorldModel, replay: Replay, num_envs: int, settings, beginnings=0.0, rare=0.0, horizon=math.inf, realign=0):
-        self.model, self.replay, self.horizon, self.realign = model, replay, horizon, realign
-        self.num_envs = math.ceil(num_envs / model.members) * model.members
+        self.model, self.replay, self.num_envs, self.horizon, self.realign = model, replay, num_envs, horizon, realign
         self.beginnings, self.rare, recent = beginnings, rare, replay.recent
         kinds = (replay.age == 0) & recent, replay.rare(model.binary, reach=10) & recent, recent
         self.places = [(kind if kind.any() else recent).nonzero() for kind in kinds]
@@ -742,7 +716,7 @@ class Dream:
         self.weights = torch.tensor([float(ensemble), s.wm_autoencoder * autoencoder], device=device)
         self.limit = s.uncertainty_limit if s.uncertainty_use == "end" else math.inf
         self.penalty = s.uncertainty_penalty if s.uncertainty_use == "penalise" else 0.0
-        self.member = torch.arange(model.members, device=device).repeat_interleave(self.num_envs // model.members)
+        self.member = torch.arange(num_envs, device=device) % model.members
         self.reset()
 
     def starts(self, number: int) -> tuple[Tensor, Tensor, Tensor]:

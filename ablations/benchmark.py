@@ -216,7 +216,7 @@ def dreams(number: int):
     model, agent = a_model(s, replay), Agent(8, 4, 64)
     dream = Dream(model, replay, 512, s, s.beginnings, s.rare, s.horizon)
     actor = [(torch.randn(512, layer.in_features), layer.weight.detach().T) for layer in agent.actor[::2]]
-    matrices = products(model.dynamics, 512) + products(model.heads, 512) + products(model.potential, 2 * 512 // 5) + actor
+    matrices = products(model.dynamics, 512) + products(model.heads, 512) + products(model.potential, 1024) + actor
 
     @torch.no_grad()
     def bare():

@@ -11,21 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo_mbrl
-from ppo_mbrl import (
-    Agent,
-    Duel,
-    Environments,
-    ReturnScale,
-    Settings,
-    collect,
-    compute_gae,
-    fates,
-    outcome,
-    pack,
-    ppo_loss,
-    ppo_update,
-    unpack,
-)
+from ppo_mbrl import Agent, Environments, Explorer, ReturnScale, Settings, compute_gae, fates, outcome, pack, ppo_loss, ppo_update, unpack
 from world_model import Rollout, UsageError
 
 # --------------------------------------------------------------------------------------------------------------- advantages
@@ -372,79 +358,20 @@ def test_a_run_is_called_what_its_curve_shows(curve, final, expected):
 # ----------------------------------------------------------------------------------------------------------------- exploring
 
 
-def two_agents(env: Environments, s: Settings, score=(math.nan, math.nan)) -> tuple[list, list, Duel]:
-    """A duel of two agents, each having taken one step, with these latest returns."""
-    agents = [Agent(env.obs_dim, env.num_actions, 8) for _ in range(2)]
-    optimizers = [torch.optim.Adam(agent.parameters(), lr=0.1) for agent in agents]
-    for agent, optimizer in zip(agents, optimizers):
-        agent.value(env.obs).sum().backward()
-        optimizer.step()
-    duel = Duel(agents, optimizers, env, s)
-    duel.scores[:] = torch.tensor(score)[:, None]
-    return agents, optimizers, duel
-
-
-def everything(agent: Agent, optimizer) -> list:
-    moments = [x for state in optimizer.state_dict()["state"].values() for x in state.values()]
-    return [x.clone() for x in [*agent.state_dict().values(), *moments]]
-
-
-def test_agents_take_turns_by_episode_and_their_latest_returns_are_those_of_their_episodes():
-    s = Settings(env_id="CartPole-v1", warmup_steps=60)
-    env = Environments(s.env_id, 3, 0)
-    _, _, duel = two_agents(env, s)
-    duel.record(collect(env, lambda obs: torch.randint(2, (3,)), 20))  # at random: nobody's
-    began_at_random, expected = env.age() > 0, [[], []]
-    running, turn = np.zeros(3), np.where(began_at_random, -1, 1)  # the next to begin is the champion
-    for _ in range(5):
-        first = env.first.clone()
-        rollout = collect(env, duel.act, 40)
-        for t in range(40):
-            turn = np.where(first, (turn + 1) % 2, turn)
-            running += rollout.rewards[t].numpy()
-            first = rollout.terminated[t] | rollout.truncated[t]
-            for i in first.nonzero()[:, 0].tolist():
-                if turn[i] >= 0:
-                    expected[turn[i]].append(running[i])
-                running[i] = 0
-        log = duel.record(rollout)
-    assert min(map(len, expected)) > 5
-    assert [log["real/champion_return"], log["real/challenger_return"]] == pytest.approx([np.mean(x[-5:]) for x in expected])
-
-
-def test_an_episode_has_a_temperature_of_its_own_that_doubles_as_documented():
-    s = Settings(env_id="MountainCar-v0", gather_low=0.5, gather_high=2.0, gather_doubling=50.0)
-    env, seen = Environments(s.env_id, 40, 0), []  # its episodes last 200 steps
-    agents, _, duel = two_agents(env, s)
-    for agent in agents:
-        agent.act = lambda obs, temperature: seen.append(temperature[:, 0]) or torch.ones(40, dtype=torch.long)
-    collect(env, duel.act, 401)
-    heat = torch.stack(seen[::2])  # both agents are asked at every step
-    assert ((0.5 <= heat[[0, 200]]) & (heat[[0, 200]] <= 2.0)).all() and not torch.equal(heat[0], heat[200])
-    assert float(heat[[0, 200]].log().std()) == pytest.approx(math.log(4) / math.sqrt(12), rel=0.2)
-    torch.testing.assert_close(heat[:200], heat[0] * 2 ** (torch.arange(200)[:, None] / 50))
-
-
-@pytest.mark.parametrize("score, wins", [((10.0, 20.0), True), ((20.0, 10.0), False), ((-5.0, -5.0), False)])
-def test_the_better_agent_is_champion_after_a_duel_and_the_challenger_is_fresh(score, wins):
-    s = Settings(env_id="CartPole-v1", hidden=8, warmup_steps=100, duel_steps=50)
-    agents, optimizers, duel = two_agents(Environments(s.env_id, 1, 0), s, score)
-    agents[0].normaliser.mean.fill_(3.0)
-    agents[1].normaliser.mean.fill_(3.0)
-    before = [everything(*pair) for pair in zip(agents, optimizers)]
-    assert not duel.settle(149) and [everything(*pair) for pair in zip(agents, optimizers)][1][0].equal(before[1][0])
-    assert duel.settle(150)
-    for now, expected in zip(everything(agents[0], optimizers[0]), before[wins], strict=True):
-        assert now.equal(expected)
-    assert not agents[1].actor[0].weight.equal(before[1][2]) and not optimizers[1].state and agents[1].normaliser.mean.eq(3.0).all()
-    assert duel.scores[0].eq(max(score)).all() and duel.scores[1].isnan().all()
-    assert not duel.settle(250)  # the fresh challenger has not played yet
-
-
-def test_a_single_agent_never_duels():
-    s = Settings(env_id="CartPole-v1", hidden=8, duel_steps=0)
-    env = Environments(s.env_id, 2, 0)
-    agent = Agent(4, 2, 8)
-    duel = Duel([agent], [None], env, s)
-    log = duel.record(collect(env, duel.act, 100))
-    assert log["real/champion_return"] > 5 and "real/challenger_return" not in log and not duel.settle(10**9)
+def test_hot_stretches_come_as_often_and_last_as_long_as_is_asked_and_grow_with_the_episode():
+    s = Settings(env_id="MountainCar-v0", gather_temperature=0.5, hot_temperature=2.0, hot_every=40.0, hot_steps=10.0)
+    env = Environments(s.env_id, 50, 0)  # its episodes last 200 steps
+    explorer, heat, ages = Explorer(Agent(2, 3, 8), env, s), [], []
+    torch.manual_seed(0)
+    for _ in range(400):
+        ages.append(torch.tensor([len(actions) for _, actions in env.past]))
+        env.step(explorer.act(env.obs))
+        heat.append(explorer.temperature)
+    heat, ages = torch.stack(heat), torch.stack(ages)
+    hot = heat != 0.5
+    assert not hot[ages == 0].any()
+    began, ended = ~hot[:-1] & hot[1:] & (ages[1:] > 0), hot[:-1] & ~hot[1:] & (ages[1:] > 0)
+    assert float(began.sum() / (~hot[:-1]).sum()) == pytest.approx(1 / 40, rel=0.2)
+    assert float(ended.sum() / (hot[:-1] & (ages[1:] > 0)).sum()) == pytest.approx(1 / 10, rel=0.2)
+    unscaled = heat[1:][began] / (1 + ages[1:][began] / 40)
+    assert {round(float(x), 3) for x in unscaled} == {2.0}

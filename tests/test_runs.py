@@ -126,7 +126,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
     in_brief(monkeypatch)
     assert train(tmp_path, **choice) == 0
     check(tmp_path)
-    assert rows_of(tmp_path)[-1]["imagined_steps"] == 2 * 2 * 6 * 5  # iterations, agents, dreams, steps
+    assert rows_of(tmp_path)[-1]["imagined_steps"] == 2 * 6 * 5  # iterations, dreams, steps
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_low=0.01, gather_high=3.0, gather_doubling=10.0),
+        dict(gather_temperature=0.01, hot_temperature=3.0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
         dict(wm_binary=False, wm_margin=0.0, wm_autoencoder_window=9, uncertainty="autoencoder"),
         dict(wm_updates=0),
         dict(gamma=1.0, gae_lambda=1.0, entropy_coef=0.0, clip=0.0, wm_layers=1),
-        dict(duel_steps=0, beginnings=1.0, rare=0.0),
+        dict(hot_temperature=0.0, beginnings=1.0, rare=0.0),
     ],
     ids=lambda choice: " ".join(flags(choice)),
 )
@@ -207,7 +207,7 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
         still(owner, name)
     assert train(tmp_path) == 0
     assert count["steps"] == 90 and {taken for _, taken in calls} == {0}
-    assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [4, 20, 4, 2]
+    assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [2, 10, 2, 2]
 
 
 @pytest.mark.parametrize("mode", ["simple", "ppo", "mpc"])
@@ -238,8 +238,10 @@ def interrupted_after(monkeypatch, ticks: int):
 
 
 RUNS = {
-    "simple": dict(total_steps=180, duel_steps=30, duel_rounds=1),
-    "gru and both": dict(total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, duel_steps=30, duel_rounds=1, realign=3),
+    "simple": dict(total_steps=180, hot_every=5.0, hot_steps=5.0),
+    "gru and both": dict(
+        total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, hot_every=5.0, hot_steps=5.0, realign=3
+    ),
     "ppo": dict(mode="ppo", num_envs=3, total_steps=540, temperature_end=0.5),
     "mpc": dict(mode="mpc", total_steps=150),
 }
@@ -519,7 +521,7 @@ BAD = {
     "huge seed": (dict(seed=10**400), "--seed must be between"),
     "device": (dict(device="nonsense"), "--device nonsense can't be used"),
     "shares": (dict(beginnings=0.8, rare=0.4), "more than 1"),
-    "temperatures": (dict(gather_low=2.0), "--gather-low must not be above"),
+    "hot temperature": (dict(hot_temperature=1e-4), "--hot-temperature must be 0 or at least"),
     "no config": (dict(config="/nowhere/x.json"), "can't be read as JSON"),
 }
 
@@ -581,10 +583,10 @@ def test_a_folder_of_an_older_kit_with_fewer_settings_is_refused_with_a_sentence
     for folder in (tmp_path / "a", tmp_path / "b"):
         assert train(folder) == 0
         config = json.loads((folder / "config.json").read_text())
-        del config["gather_doubling"]
+        del config["hot_every"]
         (folder / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert train(tmp_path / "a") == 2 and "gather_doubling was None and is now 200.0" in capsys.readouterr().err
+    assert train(tmp_path / "a") == 2 and "hot_every was None and is now 100.0" in capsys.readouterr().err
     assert command(*flags(TINY | dict(run_dir=tmp_path / "b")), "--fresh") == 0
 
 
