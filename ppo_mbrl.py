@@ -474,6 +474,7 @@ class Explorer(nn.Module):
         self.register_buffer("temperature", torch.full((len(env.obs),), s.gather_temperature))
 
     def act(self, obs: Tensor) -> Tensor:
+        """(N, O) -> actions (N); hot are those whose temperature is not the usual one."""
         s, cold = self.settings, self.temperature == self.settings.gather_temperature
         change = torch.rand(len(obs)) < torch.where(cold, (s.hot_temperature > 0) / s.hot_every, 1 / s.hot_steps)
         heat = s.hot_temperature * (1 + self.env.age() / s.hot_every)  # the longer an episode lasts, the hotter

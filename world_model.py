@@ -66,7 +66,7 @@ class ModelSettings:
     wm_updates: int = setting(200, "Gradient steps an iteration.", 0, 10_000_000)
     wm_first_updates: int = setting(1000, "Gradient steps of the first fit: a policy that starts in a bad model learns to exploit it.", 0, 10_000_000)
     wm_newest: int = setting(0, "Fit to the newest so many real steps of each environment only; 0 keeps everything.", 0, 1_000_000_000)
-    wm_holdout: int = setting(10, "Every so-manieth episode is held out to measure the model.", 2, 1_000_000)
+    wm_holdout: int = setting(10, "One episode in so many is held out to measure the model.", 2, 1_000_000)
     wm_margin: float = setting(0.1, "Dreams stay within the range of the data plus this share of it, and are cut where they would leave it.", 0, 1e6)
     uncertainty: Literal["none", "ensemble", "autoencoder", "both"] = setting("ensemble", "Where a dream's uncertainty comes from.", panel="Dreams")
     uncertainty_use: Literal["end", "penalise"] = setting("end", "Cut a dream where it grows uncertain, or subtract the uncertainty from the reward.", panel="Dreams")
@@ -180,7 +180,7 @@ class Replay:
 
     @property
     def held_out(self) -> Tensor:
-        """(T, N): every so-manieth episode, from the third on."""
+        """(T, N): one episode in `holdout`, the third being the first of them (of two, the second)."""
         return self.episode % self.holdout == min(2, self.holdout - 1)
 
     @property
@@ -463,14 +463,15 @@ class WorldModel(nn.Module):
         for name, size in dict(binary=obs_dim, obs_low=obs_dim, obs_high=obs_dim, reward_range=2, last_reward_range=2).items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.bool if name == "binary" else torch.float))
         self.register_buffer("one_hot", torch.eye(num_actions), persistent=False)
-        self.register_buffer("slope", torch.ones(()))  # of the potential: standard deviations of the observation in one of its change
+        self.register_buffer("slope", torch.ones(()))  # of the potential: how many times as large observations are as their changes
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and shift of the ending's logit
         self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
         """Takes scales from the fitted episodes, the range of observations and the binary columns from all. Learned weights stay."""
         both = torch.stack([replay.steps.obs, replay.steps.next_obs]).flatten(0, 2)
-        steps = Rollout(*(x[replay.fitted] for x in replay.steps))
+        fitted = replay.fitted
+        steps = Rollout(*(x[fitted] for x in replay.steps))
         ended = steps.terminated
         self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
         self.obs_scale.fit(steps.obs, keep=self.binary)

@@ -1,12 +1,13 @@
-"""How fast is the kit? Every figure is a ratio of two things timed one after the other in this process, on one thread, several times.
+"""How fast is the kit? Figures are ratios of two things done one after the other on one thread, several times.
 
     python ablations/benchmark.py                     all of it, about ten minutes; rows go to runs/benchmark/benchmark.csv
     python ablations/benchmark.py --only dreams,fit
     python ablations/benchmark.py --device cuda       dreams on a GPU against the CPU, from 512 to 1,048,576 of them
 
-CPU time is what is compared, so that other processes on the machine do little harm. "Bare" stands for the matrix products that a computation
-can't do without, and nothing else. Peers: stable-baselines3, if it is installed (requirements-dev.txt), and a loop in the manner of CleanRL's
-ppo.py: SyncVectorEnv with recorded statistics, a torch distribution, storage filled step by step.
+CPU time is what is compared, so that other processes on the machine do little harm; only seeds side by side and the GPU go by the clock. "Bare"
+stands for matrix products of the same shapes as the kit's own, and nothing else. Peers: stable-baselines3, if it is installed
+(requirements-dev.txt), and a loop in the manner of CleanRL's ppo.py: SyncVectorEnv with recorded statistics, a torch distribution, storage
+filled step by step.
 """
 
 import csv
@@ -30,8 +31,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from ppo_mbrl import Agent, Environments, ReturnScale, Settings, collect, ppo_update  # noqa: E402
-from world_model import Dream, Replay, WorldModel, fit  # noqa: E402
+from ppo_mbrl import Agent, Environments, ReturnScale, Settings, check_device, collect, ppo_update  # noqa: E402
+from world_model import Dream, Replay, UsageError, WorldModel, fit  # noqa: E402
 
 ENV = "LunarLander-v3"
 
@@ -162,8 +163,10 @@ def cleanrl_style(num_envs: int, num_steps: int, minibatch: int, updates: int):
 
 
 def ppo(number: int):
-    """Real steps a second of model-free PPO, against the peers at the same settings."""
-    if importlib.util.find_spec("stable_baselines3"):
+    """Real steps a second of model-free PPO, against the peers at the same numbers of environments, steps, passes and minibatches."""
+    if not importlib.util.find_spec("stable_baselines3"):
+        print("stable-baselines3 is not installed (requirements-dev.txt): left out.")
+    else:
         values, took = pairs(our_ppo(16, 1024, 64, 1), stable_baselines(16, 1024, 64, 1), number)
         yield Ratio("PPO, 16 x 1024, minibatch 64", "stable-baselines3", 2, values, note=f"{16_384 / took:,.0f} real steps/s")
     values, took = pairs(our_ppo(4, 128, 128, 20), cleanrl_style(4, 128, 128, 20), number)
@@ -206,12 +209,12 @@ def a_model(s: Settings, replay: Replay) -> WorldModel:
 
 def products(module: nn.Module, *batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Input and weight of every matrix product of a network, for inputs of so many rows."""
-    weights = [p for p in module.parameters() if p.ndim > 1 and p.shape[-2:] != p.shape[-1:] and p.shape[-2] > 1]
+    weights = [p for p in module.parameters() if p.ndim > 1 and p.shape[-2] > 1]
     return [(torch.randn(*w.shape[:-2], *batch, w.shape[-2]), w.detach()) for w in weights]
 
 
 def dreams(number: int):
-    """Imagined transitions a second, against the products of dynamics, heads, potential, actor: all else is overhead."""
+    """Imagined transitions a second, against the products of dynamics, heads, potential and actor."""
     replay, s = some_replay(), Settings.resolve(dict(dreams=512))
     model, agent = a_model(s, replay), Agent(8, 4, 64)
     dream = Dream(model, replay, 512, s, s.beginnings, s.rare, s.horizon)
@@ -235,7 +238,7 @@ def dreams(number: int):
 
 
 def fitting(number: int):
-    """Samples a second of model fitting, against forward and backward products of the same shapes."""
+    """Samples a second of model fitting, against forward and backward products of the same shapes (first layers' input gradients, a few percent, too)."""
     replay, s = some_replay(), Settings.resolve({})
     model = a_model(s, replay)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -262,15 +265,13 @@ def fitting(number: int):
 # -------------------------------------------------------------------------------------------------------------- the whole program
 
 
-def usage(*command: str) -> tuple[float, float]:
-    """CPU seconds and the largest resident size (MB) of a command."""
-    pid = os.posix_spawn(
-        sys.executable, [sys.executable, *command], os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-    )
-    _, status, used = os.wait4(pid, 0)
-    if status:
+def cpu_seconds(*command: str) -> float:
+    """CPU seconds of python with these arguments."""
+    before = os.times()
+    if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode:
         raise SystemExit(f"This command failed: python {' '.join(command)}")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def program(*flags: str) -> tuple[str, ...]:
@@ -278,43 +279,53 @@ def program(*flags: str) -> tuple[str, ...]:
 
 
 def start(number: int):
-    """From the start of the program to its first real step, against importing torch. (`--help` alone draws nothing of the environment.)"""
+    """From the start of Python, over all imports of the program, to the first step of its environment, against importing torch."""
     first = (
         "import sys; sys.path.insert(0, {!r}); import ppo_mbrl as k; e = k.Environments({!r}, 1, 0); e.step(k.torch.zeros(1, dtype=int))"
     )
-    times = [(usage("-c", first.format(str(ROOT), ENV))[0], usage("-c", "import torch")[0]) for _ in range(number)]
-    yield Ratio("start to first real step", "import torch", 1.5, [a / b for a, b in times], at_most=True)
+    times = [(cpu_seconds("-c", first.format(str(ROOT), ENV)), cpu_seconds("-c", "import torch")) for _ in range(number + 1)][1:]
+    yield Ratio("imports and first step of the environment", "import torch", 1.5, [a / b for a, b in times], at_most=True)
 
 
 def memory(number: int):
-    """Largest resident size of a default run, cut at 5,000 real steps."""
+    """Largest resident size of a default run, cut at 5,000 real steps; it writes down its own, for a child's also counts what its parent had."""
+    code = (
+        "import atexit, re, runpy, sys; out, *sys.argv = sys.argv[1:]; "
+        "atexit.register(lambda: open(out, 'w').write(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        used = usage(*program("--total-steps", "5000", "--run-dir", folder))[1]
-    yield Ratio("memory of the default run (MB)", "-", 600, [used], at_most=True)
+        out = Path(folder, "kilobytes")
+        cpu_seconds("-c", code, str(out), *program("--total-steps", "5000", "--run-dir", f"{folder}/run"))
+        yield Ratio("memory of the default run, first 5,000 real steps (MB)", "-", 600, [int(out.read_text()) / 1024], at_most=True)
 
 
 def side_by_side(number: int):
-    """Eight seeds, two at a time, against one alone times eight, by the clock; needs two idle cores."""
+    """Eight runs, two at a time, against one alone times eight, by the clock; needs two idle cores."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def command(seed):
-            return [sys.executable, *program("--total-steps", "1500", "--fresh", "--seed", str(seed), "--run-dir", f"{folder}/{seed}")]
+        def start(i):
+            command = [sys.executable, *program("--total-steps", "1500", "--run-dir", f"{folder}/{i}")]
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+        def finish(*processes):
+            if any([process.wait() for process in processes]):
+                raise SystemExit("A run failed.")
 
         began = time.perf_counter()
-        subprocess.run(command(0), check=True, stdout=subprocess.DEVNULL)
+        finish(start(8))
         alone, began = time.perf_counter() - began, time.perf_counter()
-        for seed in range(0, 8, 2):
-            for process in [subprocess.Popen(command(seed + i), stdout=subprocess.DEVNULL) for i in range(2)]:
-                process.wait()
+        for i in range(0, 8, 2):
+            finish(start(i), start(i + 1))
         ideal = 8 / 2 * alone
-        yield Ratio("8 seeds, two at a time", "one alone x 8 / 2", 0.9, [ideal / (time.perf_counter() - began)])
+        yield Ratio("8 runs, two at a time", "one alone x 8 / 2", 0.9, [ideal / (time.perf_counter() - began)])
 
 
 def growth(number: int):
-    """How cost grows: slope of log CPU time over log size. Nothing may grow faster than linearly."""
+    """How cost grows: slope of log CPU time over log size. A fit also looks at the whole replay once (20 ms for 40,000 steps, beside seconds)."""
     replay = some_replay()
 
-    def slope(sizes, work) -> Ratio:
+    def slope(sizes, work) -> float:
         times = [min(seconds(work(size)) for _ in range(number)) for size in sizes]
         return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
 
@@ -331,15 +342,14 @@ def growth(number: int):
 
     def adds(steps):  # a run of so many real steps, 250 at a time, without anything learned
         rollout = collect(Environments(ENV, 1, 0), lambda obs: torch.randint(4, (1,)), 250)
-        empty = Replay(1, 8, 10)
-        return lambda: [empty.add(rollout) for _ in range(steps // 250)]
+        return lambda: [replay.add(rollout) for replay in [Replay(1, 8, 10)] for _ in range(steps // 250)]
 
     for name, sizes, work in (
         ("dreams side by side", (200, 800, 3200), lambda n: dream(dreams=n)),
         ("imagined steps", (30, 120, 480), lambda n: dream(steps=n)),
         ("members, imagining", (2, 5, 10, 20), lambda n: dream(members=n)),
         ("members, fitting", (2, 5, 10, 20), fits),
-        ("total real steps, bookkeeping of the replay", (10_000, 40_000, 160_000), adds),
+        ("real steps, adding them to the replay", (10_000, 40_000, 160_000), adds),
     ):
         yield Ratio(f"growth with {name}", "slope in log-log", 1.1, [slope(sizes, work)], at_most=True, note=" ".join(map(str, sizes)))
 
@@ -365,7 +375,9 @@ def gpu(device: str):
     for dreams in (512, 4096, 32_768, 262_144, 1_048_576):
         ours = rate(device, dreams)
         note = f"{ours:,.0f} imagined steps/s"
-        yield Ratio(f"imagining on {device}, {dreams:,} dreams", "the CPU with 4,096", 1, [ours / rate("cpu", 4096)], note=note)
+        yield Ratio(
+            f"imagining on {device}, {dreams:,} dreams", "one thread of the CPU with 4,096", 1, [ours / rate("cpu", 4096)], note=note
+        )
 
 
 MEASURES = dict(ppo=ppo, gathering=gathering, dreams=dreams, fit=fitting, start=start, memory=memory, seeds=side_by_side, growth=growth)
@@ -381,6 +393,10 @@ def main(
     unknown = [name for name in only.split(",") if name not in MEASURES]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(MEASURES)}")
+    try:
+        check_device(device)
+    except UsageError as error:
+        raise typer.BadParameter(str(error))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     console, rows = Console(), []
