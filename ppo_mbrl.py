@@ -85,7 +85,7 @@ class Settings(ModelSettings):
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data.", 1e-3, 1e3, "Exploring")
-    hot_temperature: float = setting(10.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
+    hot_temperature: float = setting(3.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
     hot_every: float = setting(100.0, "Mean steps between two hot stretches of an episode.", 1, 1e9, "Exploring")
     hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
 
