@@ -140,60 +140,24 @@ class Replay:
 
     def __init__(self, num_envs: int, obs_dim: int, holdout: int, newest: int = 0, device="cpu"):
         flags, numbers = torch.zeros(0, num_envs, dtype=torch.bool, device=device), torch.zeros(0, num_envs, device=device)
-        vectors, counts = torch.zeros(0, num_envs, obs_dim, device=device), torch.zeros(0, num_envs, dtype=torch.long, device=device)
-        self.columns = [vectors, counts, numbers, vectors, flags, flags, counts, counts]  # a Rollout, age, episode; with room to grow
-        self.length, self.holdout, self.newest = 0, holdout, newest
+        vectors = torch.zeros(0, num_envs, obs_dim, device=device)
+        self.steps = Rollout(vectors, numbers.long(), numbers, vectors, flags, flags)
+        self.holdout, self.newest = holdout, newest
 
     def __len__(self) -> int:
         return self.steps.actions.numel()
 
     def add(self, rollout: Rollout):
         """Appends a Rollout that goes on exactly where the last one stopped, and numbers its episodes."""
-        T, device = len(rollout.actions), self.columns[0].device
-        over = (rollout.terminated | rollout.truncated).to(device)
-        before = self.steps.terminated[-1:] | self.steps.truncated[-1:] if self.length else torch.ones_like(over[:1])
-        began = torch.cat([before, over[:-1]])
-        time = torch.arange(T, device=device)[:, None]
-        past = self.age[-1:] + 1 if self.length else 0
-        age = time - torch.where(began, time, -past).cummax(0).values
-        episode = (self.episode[-1:] if self.length else -1) + began.cumsum(0)
-        if self.length + T > len(self.columns[0]):  # doubled, so that a long run doesn't copy everything every time
-            room = 2 * (self.length + T) - len(self.columns[0])
-            self.columns = [torch.cat([x, x.new_zeros(room, *x.shape[1:])]) for x in self.columns]
-        for column, new in zip(self.columns, (*rollout, age, episode)):
-            column[self.length : self.length + T] = new
-        self.length += T
-
-    @property
-    def steps(self) -> Rollout:
-        return Rollout(*(x[: self.length] for x in self.columns[:6]))
-
-    @property
-    def age(self) -> Tensor:
-        """(T, N): steps since the episode began."""
-        return self.columns[6][: self.length]
-
-    @property
-    def episode(self) -> Tensor:
-        """(T, N): number of the episode, by environment."""
-        return self.columns[7][: self.length]
-
-    @property
-    def held_out(self) -> Tensor:
-        """(T, N): one episode in `holdout`, the third being the first of them (of two, the second)."""
-        return self.episode % self.holdout == min(2, self.holdout - 1)
-
-    @property
-    def fitted(self) -> Tensor:
-        """(T, N): all but the held-out episodes; everything while there are no others."""
-        held_out = self.held_out
-        return ~held_out if (~held_out).any() else torch.ones_like(held_out)
-
-    @property
-    def recent(self) -> Tensor:
-        """(T, N): the steps that are used at all."""
-        time = torch.arange(self.length, device=self.age.device)[:, None]
-        return (time >= (self.length - self.newest if self.newest else 0)).expand_as(self.age)
+        self.steps = Rollout(*(torch.cat([old, new.to(old.device)]) for old, new in zip(self.steps, rollout)))
+        began = (self.steps.terminated | self.steps.truncated).roll(1, 0)
+        began[0] = True
+        time = torch.arange(len(began), device=began.device)[:, None]
+        self.age = time - torch.where(began, time, 0).cummax(0).values  # (T, N) steps since the episode began
+        episode = began.cumsum(0) - 1
+        self.held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
+        self.fitted = ~self.held_out if (~self.held_out).any() else torch.ones_like(began)
+        self.recent = (time >= (len(began) - self.newest if self.newest else 0)).expand_as(began)  # (T, N)
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
@@ -470,8 +434,7 @@ class WorldModel(nn.Module):
     def adapt(self, replay: Replay):
         """Takes scales from the fitted episodes, the range of observations and the binary columns from all. Learned weights stay."""
         both = torch.stack([replay.steps.obs, replay.steps.next_obs]).flatten(0, 2)
-        fitted = replay.fitted
-        steps = Rollout(*(x[fitted] for x in replay.steps))
+        steps = Rollout(*(x[replay.fitted] for x in replay.steps))
         ended = steps.terminated
         self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
         self.obs_scale.fit(steps.obs, keep=self.binary)

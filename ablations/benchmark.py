@@ -201,10 +201,11 @@ def some_replay(steps: int = 3000) -> Replay:
     return replay
 
 
-def a_model(s: Settings, replay: Replay) -> WorldModel:
+def a_model(s: Settings, replay: Replay) -> tuple[WorldModel, torch.optim.Optimizer]:
     model = WorldModel(8, 4, s)
-    fit(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), replay, 20, 128)
-    return model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    fit(model, optimizer, replay, 20, 128)
+    return model, optimizer
 
 
 def products(module: nn.Module, *batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -216,7 +217,7 @@ def products(module: nn.Module, *batch: int) -> list[tuple[torch.Tensor, torch.T
 def dreams(number: int):
     """Imagined transitions a second, against the products of dynamics, heads, potential and actor."""
     replay, s = some_replay(), Settings.resolve(dict(dreams=512))
-    model, agent = a_model(s, replay), Agent(8, 4, 64)
+    (model, _), agent = a_model(s, replay), Agent(8, 4, 64)
     dream = Dream(model, replay, 512, s, s.beginnings, s.rare, s.horizon)
     actor = [(torch.randn(512, layer.in_features), layer.weight.detach().T) for layer in agent.actor[::2]]
     matrices = products(model.dynamics, 512) + products(model.heads, 512) + products(model.potential, 1024) + actor
@@ -240,8 +241,7 @@ def dreams(number: int):
 def fitting(number: int):
     """Samples a second of model fitting, against forward and backward products of the same shapes (first layers' input gradients, a few percent, too)."""
     replay, s = some_replay(), Settings.resolve({})
-    model = a_model(s, replay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model, optimizer = a_model(s, replay)
     matrices = products(model.dynamics, s.wm_batch) + products(model.heads, s.wm_batch) + products(model.potential, 2 * s.wm_batch)
     back = [
         (torch.randn(*x.shape[:-1], w.shape[-1]), x.transpose(-1, -2).contiguous(), w.transpose(-1, -2).contiguous()) for x, w in matrices
@@ -331,13 +331,12 @@ def growth(number: int):
 
     def dream(members=5, dreams=400, steps=60):
         s = Settings.resolve(dict(wm_ensemble=members, dreams=dreams))
-        d, agent = Dream(a_model(s, replay), replay, dreams, s, horizon=600), Agent(8, 4, 64)
+        d, agent = Dream(a_model(s, replay)[0], replay, dreams, s, horizon=600), Agent(8, 4, 64)
         return lambda: collect(d, agent.act, steps)
 
     def fits(members):
         s = Settings.resolve(dict(wm_ensemble=members))
-        model = a_model(s, replay)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        model, optimizer = a_model(s, replay)
         return lambda: fit(model, optimizer, replay, 30, 256)
 
     def adds(steps):  # a run of so many real steps, 250 at a time, without anything learned
@@ -363,7 +362,7 @@ def gpu(device: str):
         torch.manual_seed(0)
         data = Replay(1, 8, 10, device=where)
         data.add(replay.steps)
-        model, agent = a_model(s, replay).to(where), Agent(8, 4, 64).to(where)
+        model, agent = a_model(s, replay)[0].to(where), Agent(8, 4, 64).to(where)
         dream, synchronise = Dream(model, data, dreams, s, horizon=600), torch.cuda.synchronize if where != "cpu" else lambda: None
         for steps in (5, 20):
             synchronise()

@@ -26,7 +26,7 @@ import world_model
 from ppo_mbrl import Run, Settings
 
 SCRIPTS = Path(ppo_mbrl.__file__).parent
-TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, wm_first_updates=2, dreams=6, dream_steps=5, horizon=5, rounds=1, num_steps=30, warmup_steps=60, hidden=8,
+TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, wm_first_updates=2, dreams=8, dream_steps=5, horizon=5, rounds=1, num_steps=30, warmup_steps=60, hidden=8,
             total_steps=90, eval_every=100_000, num_envs=1, minibatch=32, plan_horizon=3, plan_candidates=8)  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
     in_brief(monkeypatch)
     assert train(tmp_path, **choice) == 0
     check(tmp_path)
-    assert rows_of(tmp_path)[-1]["imagined_steps"] == 2 * 6 * 5  # iterations, dreams, steps
+    assert rows_of(tmp_path)[-1]["imagined_steps"] == 2 * 8 * 5  # iterations, dreams, steps
 
 
 @pytest.mark.parametrize(
@@ -448,12 +448,12 @@ def test_a_planning_model_can_be_evaluated(tmp_path, monkeypatch, capsys):
 
 def test_the_diagnosis_of_a_run_tells_where_the_model_is_wrong(tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    assert train(tmp_path, warmup_steps=800, total_steps=830) == 0
+    assert train(tmp_path, warmup_steps=1600, total_steps=1630) == 0
     words = [sys.executable, SCRIPTS / "world_model.py", "--updates", "300", "--wm-target", "ode", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "world_model" / "diagnosis.json").read_text())
-    assert 0 < result["error_by_horizon"]["1"] < result["error_by_horizon"]["10"]
+    assert 0 < result["error_by_horizon"]["1"] < result["error_by_horizon"]["20"]
     assert sum(part["steps"] for part in result["reward_error_by_size"].values()) == result["endings"]["steps"]
     assert 0 < result["endings"]["real"] < result["endings"]["steps"] and result["endings"]["expected"] > 0
     assert (tmp_path / "world_model" / "map.png").exists() and len(result["error_by_place"]) > 3

@@ -423,12 +423,12 @@ def test_a_dream_through_the_true_dynamics_is_reality(target, members):
     s = ModelSettings(wm_target=target, wm_likelihood="squared", wm_ensemble=members, uncertainty="none")
     model, replay = true_model(target, s, ends=lambda x: x[..., 0] > 1.5), filled(random_rollout(200, 2, 3, seed=8))
     A, b = exact_flow(*oscillator())
-    dream, seen = Dream(model, replay, 60, s, 0.3, 0.3), {tuple(x) for x in replay.steps.obs.flatten(0, 1).tolist()}
+    dream, seen = Dream(model, replay, 40, s, 0.3, 0.3), {tuple(x) for x in replay.steps.obs.flatten(0, 1).tolist()}
     state = dream.reset().double().numpy().copy()
     assert {tuple(x) for x in dream.obs.tolist()} <= seen
-    ends, untouched = 0, np.ones(60, bool)
+    ends, untouched = 0, np.ones(40, bool)
     for _ in range(20):
-        action = torch.randint(2, (60,))
+        action = torch.randint(2, (40,))
         real = np.einsum("nij,nj->ni", A[action], state) + b[action]
         ended = real[:, 0] > 1.5
         reward, next_obs, terminated, truncated = dream.step(action)
@@ -507,7 +507,7 @@ def quarrelsome(use: str, uncertainty: str = "ensemble", limit: float = 1.0, mem
     model.typical.copy_(torch.tensor([0.05, 1.0]))
     share = torch.arange(members)[:, None, None] / 10
     model.dynamics = TrueDynamics(model, lambda obs, action: share * obs, model.change_scale)
-    return model, replay, Dream(model, replay, 210, s, **bounds)
+    return model, replay, Dream(model, replay, 200, s, **bounds)
 
 
 def by_hand(obs: np.ndarray, members: int = 3) -> np.ndarray:
@@ -520,7 +520,7 @@ def test_uncertainty_cuts_dreams_above_the_limit_and_does_not_end_them():
     torch.manual_seed(0)
     _, _, dream = quarrelsome("end", ends=lambda x: x[..., 0] > 1.2)
     uncertainty = by_hand(dream.reset().numpy())
-    _, _, terminated, truncated = dream.step(torch.zeros(210, dtype=torch.long))
+    _, _, terminated, truncated = dream.step(torch.zeros(200, dtype=torch.long))
     assert truncated.tolist() == ((uncertainty > 1.0) & ~terminated.numpy()).tolist()
     assert truncated.any() and terminated.any() and not truncated.all()
     assert (terminated.numpy() & (uncertainty > 1.0)).any()
@@ -531,7 +531,7 @@ def test_dreams_end_where_the_data_ends_and_columns_that_never_change_do_not_cou
     model, _, dream = quarrelsome("end", "none")
     low, high = torch.tensor([-0.5, -1e6, 2.0]), torch.tensor([0.7, 1e6, 2.0])
     model.obs_low.copy_(low), model.obs_high.copy_(high)
-    _, next_obs, _, truncated = dream.step(torch.zeros(210, dtype=torch.long))
+    _, next_obs, _, truncated = dream.step(torch.zeros(200, dtype=torch.long))
     clipped = (next_obs[:, 0] <= -0.5) | (next_obs[:, 0] >= 0.7)
     assert (next_obs[:, 2] == 2).all() and truncated.tolist() == clipped.tolist() and clipped.any() and not clipped.all()
 
@@ -552,7 +552,7 @@ def test_the_penalty_lowers_the_reward_by_what_is_documented_and_cuts_nothing():
         torch.manual_seed(0)
         model, _, dream = quarrelsome(use, uncertainty)
         obs = dream.reset().numpy().copy()
-        rewards[use, uncertainty], _, _, truncated = dream.step(torch.zeros(210, dtype=torch.long))
+        rewards[use, uncertainty], _, _, truncated = dream.step(torch.zeros(200, dtype=torch.long))
         assert not truncated.any()
     assert torch.equal(rewards["penalise", "none"], rewards["end", "none"])
     price = 0.7 * float(model.reward_scale.std) * by_hand(obs)
@@ -563,11 +563,11 @@ def test_the_penalty_lowers_the_reward_by_what_is_documented_and_cuts_nothing():
 def test_an_ensemble_of_one_agrees_with_itself():
     _, _, dream = quarrelsome("end", limit=0.0, members=1)
     dream.reset()
-    _, _, _, truncated = dream.step(torch.zeros(210, dtype=torch.long))
+    _, _, _, truncated = dream.step(torch.zeros(200, dtype=torch.long))
     assert dream.disagreement == 0 and not truncated.any()
     _, _, crowd = quarrelsome("end", limit=0.0, members=3)
     crowd.reset()
-    assert crowd.step(torch.zeros(210, dtype=torch.long))[3].all() and crowd.disagreement > 0
+    assert crowd.step(torch.zeros(200, dtype=torch.long))[3].all() and crowd.disagreement > 0
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -575,12 +575,12 @@ def test_dreams_are_cut_at_the_horizon_and_new_ones_begin_at_real_states(k):
     _, replay, dream = quarrelsome("end", "none", horizon=k)
     seen = {tuple(x) for x in replay.steps.obs.flatten(0, 1).tolist()}
     for step in range(1, 3 * k + 1):
-        _, next_obs, terminated, truncated = dream.step(torch.ones(210, dtype=torch.long))
-        assert truncated.tolist() == [step % k == 0] * 210 and not terminated.any()
+        _, next_obs, terminated, truncated = dream.step(torch.ones(200, dtype=torch.long))
+        assert truncated.tolist() == [step % k == 0] * 200 and not terminated.any()
         real = [tuple(x) in seen for x in dream.obs.tolist()]
         assert all(real) if step % k == 0 else torch.equal(dream.obs, next_obs)
     _, _, endless = quarrelsome("end", "none")
-    assert not any(endless.step(torch.ones(210, dtype=torch.long))[3].any() for _ in range(30))
+    assert not any(endless.step(torch.ones(200, dtype=torch.long))[3].any() for _ in range(30))
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -588,7 +588,7 @@ def test_realigned_dreams_move_to_the_nearest_real_observation_and_go_on(k):
     model, replay, dream = quarrelsome("end", "none", realign=k)
     real = replay.steps.obs.flatten(0, 1).numpy()
     for step in range(1, 3 * k + 1):
-        x, action = dream.obs, torch.ones(210, dtype=torch.long)
+        x, action = dream.obs, torch.ones(200, dtype=torch.long)
         torch.manual_seed(step)
         imagined = model.imagine(x, action, dream.hidden, dream.member).next_obs.numpy()
         torch.manual_seed(step)
@@ -599,7 +599,7 @@ def test_realigned_dreams_move_to_the_nearest_real_observation_and_go_on(k):
         else:
             distance = (((imagined[:, None] - real) / model.obs_scale.std.numpy()) ** 2).sum(-1)
             chosen = (((next_obs.numpy()[:, None] - real) / model.obs_scale.std.numpy()) ** 2).sum(-1).argmin(-1)
-            np.testing.assert_allclose(distance[range(210), chosen], distance.min(-1), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(distance[range(200), chosen], distance.min(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_dreams_begin_where_they_are_told_to():
