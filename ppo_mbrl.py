@@ -88,6 +88,7 @@ class Settings(ModelSettings):
     hot_temperature: float = setting(3.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
     hot_every: float = setting(100.0, "Mean steps between two hot stretches of an episode.", 1, 1e9, "Exploring")
     hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
+    greedy_steps: int = setting(400, "Every second real episode is greedy for so many steps, and explores only then; 0: none is.", 0, 10**9, "Exploring")
 
     gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -107,6 +108,7 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
+    ending_penalty: float = setting(0.0, "Share of an ending's negative reward that dreams charge. At 0 an ending costs no more than all that would have followed it.", 0, 1, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
@@ -436,7 +438,9 @@ def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, re
     for _ in range(s.rounds):
         rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
         run.imagined_steps += rollout.actions.numel()
-        log = ppo_update(agent, optimizer, rollout._replace(rewards=scale(rollout.rewards)), s, temperature)
+        punished = rollout.terminated & (rollout.rewards < 0)
+        rewards = scale(rollout.rewards * torch.where(punished, s.ending_penalty, 1.0))
+        log = ppo_update(agent, optimizer, rollout._replace(rewards=rewards), s, temperature)
         logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
     return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon}
 
@@ -465,22 +469,26 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 
 class Explorer(nn.Module):
     """The agent in the real environment. It goes where its policy leads, and from there now and then explores in a hot stretch
-    (first return, then explore: Ecoffet et al., 2021). Each episode begins cold, and its hot stretches grow hotter: where nothing ever happens,
-    such as hovering, something has to."""
+    (first return, then explore: Ecoffet et al., 2021). An episode's hot stretches grow hotter: where nothing ever happens, such as hovering,
+    something has to. Every second episode is greedy at first: some rewards, such as those for lying still, come to no policy that draws."""
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         super().__init__()
         self.agent, self.env, self.settings = [agent], env, s  # in a list, so that the agent is not saved twice
         self.register_buffer("temperature", torch.full((len(env.obs),), s.gather_temperature))
+        self.register_buffer("episode", torch.zeros(len(env.obs), dtype=torch.long))
 
     def act(self, obs: Tensor) -> Tensor:
         """(N, O) -> actions (N); hot are those whose temperature is not the usual one."""
-        s, cold = self.settings, self.temperature == self.settings.gather_temperature
+        s, agent, age, cold = self.settings, self.agent[0], self.env.age(), self.temperature == self.settings.gather_temperature
         change = torch.rand(len(obs)) < torch.where(cold, (s.hot_temperature > 0) / s.hot_every, 1 / s.hot_steps)
-        heat = s.hot_temperature * (1 + self.env.age() / s.hot_every)  # the longer an episode lasts, the hotter
+        heat = s.hot_temperature * (1 + age / s.hot_every)  # the longer an episode lasts, the hotter
         self.temperature = torch.where(change, torch.where(cold, heat, s.gather_temperature), self.temperature)
         self.temperature = torch.where(self.env.first, s.gather_temperature, self.temperature)
-        return self.agent[0].act(obs.to(s.device), self.temperature[:, None].to(s.device)).cpu()
+        self.episode += self.env.first
+        greedy = (self.episode % 2 == 1) & (age < s.greedy_steps)
+        drawn = agent.act(obs.to(s.device), self.temperature[:, None].to(s.device))
+        return torch.where(greedy, agent.greedy(obs).cpu(), drawn.cpu())
 
 
 def train_mpc(run: "Run"):

@@ -375,3 +375,23 @@ def test_hot_stretches_come_as_often_and_last_as_long_as_is_asked_and_grow_with_
     assert float(ended.sum() / (hot[:-1] & (ages[1:] > 0)).sum()) == pytest.approx(1 / 10, rel=0.2)
     unscaled = heat[1:][began] / (1 + ages[1:][began] / 40)
     assert {round(float(x), 3) for x in unscaled} == {2.0}
+
+
+def test_every_second_episode_is_greedy_for_as_long_as_is_asked_and_others_never():
+    s = Settings(env_id="MountainCar-v0", greedy_steps=150)
+    env = Environments(s.env_id, 20, 0)  # its episodes last 200 steps
+    agent = Agent(2, 3, 8)
+    explorer, same, ages, episodes = Explorer(agent, env, s), [], [], []
+    torch.manual_seed(0)
+    episode = torch.zeros(20)
+    for _ in range(800):
+        episode += env.first
+        ages.append(env.age()), episodes.append(episode.clone())
+        actions = explorer.act(env.obs)
+        same.append(actions == agent.greedy(env.obs))
+        env.step(actions)
+    same, ages, episodes = torch.stack(same), torch.stack(ages), torch.stack(episodes)
+    greedy = (episodes % 2 == 1) & (ages < 150)
+    assert greedy.float().mean() == pytest.approx(3 / 8, abs=0.01)
+    assert same[greedy].all()
+    assert same[~greedy].float().mean() == pytest.approx(1 / 3, abs=0.05)  # a new policy of three actions is almost uniform

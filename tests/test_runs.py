@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 import ppo_mbrl
 import world_model
 from ppo_mbrl import Run, Settings
+from world_model import Rollout
 
 SCRIPTS = Path(ppo_mbrl.__file__).parent
 TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, wm_first_updates=2, dreams=8, dream_steps=5, horizon=5, rounds=1, num_steps=30, warmup_steps=60, hidden=8,
@@ -138,7 +140,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_temperature=0.01, hot_temperature=3.0),
+        dict(gather_temperature=0.01, hot_temperature=3.0, greedy_steps=0, ending_penalty=1.0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
@@ -208,6 +210,21 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
     assert train(tmp_path) == 0
     assert count["steps"] == 90 and {taken for _, taken in calls} == {0}
     assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [2, 10, 2, 2]
+
+
+@pytest.mark.parametrize("penalty, charged", [(0.0, [-2.0, 5.0, 0.0]), (0.25, [-2.0, 5.0, -25.0]), (1.0, [-2.0, 5.0, -100.0])])
+def test_policies_are_charged_that_share_of_what_is_lost_where_a_dream_ends(penalty, charged, monkeypatch):
+    ended = torch.tensor([[False], [True], [True]])
+    rollout = Rollout(
+        torch.zeros(3, 1, 2), torch.zeros(3, 1).long(), torch.tensor([[-2.0], [5.0], [-100.0]]), torch.zeros(3, 1, 2), ended, ended
+    )
+    given = []
+    monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
+    monkeypatch.setattr(ppo_mbrl, "collect", lambda *_: rollout)
+    monkeypatch.setattr(ppo_mbrl, "ppo_update", lambda agent, optimizer, rollout, *_: given.append(rollout.rewards[:, 0].tolist()) or {})
+    run = types.SimpleNamespace(settings=Settings(ending_penalty=penalty, rounds=1), temperature=float, tick=None, imagined_steps=0)
+    log = ppo_mbrl.dream_and_improve(run, None, None, None, None, lambda rewards: rewards)
+    assert given == [charged] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
 
 
 @pytest.mark.parametrize("mode", ["simple", "ppo", "mpc"])
