@@ -345,13 +345,15 @@ def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: S
     with torch.no_grad():
         approx_kl = (ratio - 1 - logratio).mean()  # Schulman (2020), k3
         clip_fraction = ((ratio - 1).abs() > s.clip).float().mean()
+    loss = policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy
     info = {
+        "ppo/loss": loss.detach(),
         "ppo/approx_kl": approx_kl,
         "ppo/entropy": entropy.detach(),
         "ppo/clip_fraction": clip_fraction,
         "ppo/value_loss": value_loss.detach(),
     }
-    return policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy, info
+    return loss, info
 
 
 def ppo_update(

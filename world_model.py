@@ -92,8 +92,8 @@ def checked(f: dataclasses.Field, value):
         raise UsageError(
             f"{flag} must be {dict(int='a whole number', float='a number', bool='true or false', str='text')[f.type.__name__]}, not {value!r}."
         )
-    if f.type is str and "\0" in value:
-        raise UsageError(f"{flag} must be text without NUL characters, not {value!r}.")
+    if f.type is str and not value.isprintable():
+        raise UsageError(f"{flag} must be printable text, not {value!r}.")
     if f.type in (int, float) and not low <= value <= high:  # `not <=` refuses NaN too
         raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value}.")
     return value
@@ -655,7 +655,8 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
         loss.backward()
         return loss
 
-    lbfgs.step(objective)
+    if logit.isfinite().all():  # else the model has diverged, which its losses tell
+        lbfgs.step(objective)
     model.calibration.copy_(torch.stack([free[0].exp(), free[1]]).detach())
 
 
@@ -1004,7 +1005,9 @@ def main(
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("fitting", total=updates)
-        fit(model, optimizer, replay, updates, settings.wm_batch, lambda: progress.advance(bar))
+        losses = fit(model, optimizer, replay, updates, settings.wm_batch, lambda: progress.advance(bar))
+    if not all(map(math.isfinite, losses.values())):
+        raise UsageError("The fit diverged: its losses are not finite. Try a smaller --wm-lr.")
     result = diagnose(model, replay)
     (folder / "diagnosis.json").write_text(json.dumps(result, indent=1))
     draw_diagnosis(model, replay, folder)
