@@ -5,7 +5,7 @@
     python ppo_mbrl.py --mode mpc                   no policy: plan through the learned model (PETS: Chua et al., 2018)
     python ppo_mbrl.py evaluate RUN_DIR --gif landing.gif
 
-Read it top to bottom: settings, real environments, agent, PPO, the three training loops, evaluation, run folder, pictures, command line.
+Read it top to bottom: settings, real environments, agent, PPO, the three training loops, evaluation, the run, its folder, pictures, command line.
 The model itself is in `world_model.py`. To try an idea: `cp ppo_mbrl.py my_idea.py`, change it, run it; the diff is the idea.
 
 Shapes: T time, N environments or dreams, O observation, A actions, B minibatch. `truncated` is a time-out: the value goes on after it.
@@ -756,6 +756,7 @@ def claimed(run: Run):
     `run.metrics`, the open log, is also the lock: it is freed when the file is closed, in whatever way the process ends.
     """
     folder, path, now = run.folder, run.folder / "config.json", asdict(run.settings)
+    essential = ["mode", "env_id", "seed"]
     try:
         (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         run.metrics = open(folder / "metrics.jsonl", "ab")
@@ -769,14 +770,12 @@ def claimed(run: Run):
         if path.exists():
             try:
                 old = read_json(path)
-                own = {f.name for f in fields(Settings) if f.metadata["identity"]} | {"mode", "env_id", "seed"}
-                differs = [
-                    f"{name} was {old.get(name)!r} and is now {now[name]!r}" for name in now if name in own and old.get(name) != now[name]
-                ]
-                if not {"mode", "env_id", "seed"} <= old.keys():
+                if not set(essential) <= old.keys():
                     raise ValueError
             except ValueError:
                 raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
+            own = essential + [f.name for f in fields(Settings) if f.metadata["identity"]]
+            differs = [f"{name} was {old.get(name)!r} and is now {now[name]!r}" for name in own if old.get(name) != now[name]]
             if run.settings.fresh:
                 run.metrics.truncate(0)
                 for file in [*checkpoints(folder, "*"), *(folder / name for name in OWN)]:
@@ -829,8 +828,8 @@ def save_checkpoint(run: Run):
     tree = {name: part.state_dict() for name, part in run.parts.items()} | run.counters() | run.clocks()
     tree["metrics"] = torch.frombuffer(bytearray((run.folder / "metrics.jsonl").read_bytes()), dtype=torch.uint8)
     tree["random"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tree["random_cuda"] = torch.cuda.get_rng_state_all()
+    if torch.device(run.settings.device).type == "cuda":
+        tree["random_cuda"] = torch.cuda.get_rng_state(run.settings.device)
     tensors = {}
     state = json.dumps(pack(tree, tensors))
     data = save(tensors, {"state": state})
@@ -854,16 +853,15 @@ def restore(run: Run) -> bool:
             for name, part in run.parts.items():
                 part.load_state_dict(state[name])
             run.saved = {name: state[name] for name in Run.COUNTERS}
-            log, clocks = state["metrics"].numpy().tobytes(), (state["wall_s"], state["cpu_s"])
+            vars(run).update(run.saved)
+            run.wall, run.cpu = run.wall - state["wall_s"], run.cpu - state["cpu_s"]
             torch.set_rng_state(state["random"])
-            if torch.cuda.is_available() and "random_cuda" in state:
-                torch.cuda.set_rng_state_all(state["random_cuda"])
+            if "random_cuda" in state and torch.device(run.settings.device).type == "cuda":
+                torch.cuda.set_rng_state(state["random_cuda"], run.settings.device)
+            log = state["metrics"].numpy().tobytes()
         except Exception as error:  # whatever it is that doesn't fit
-            raise UsageError(
-                f"{path} was written by another version of this kit and can't be resumed: {(str(error) or repr(error)).splitlines()[0]}"
-            )
-        vars(run).update(run.saved)
-        run.wall, run.cpu = run.wall - clocks[0], run.cpu - clocks[1]
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise UsageError(f"{path} was written by another version of this kit and can't be resumed: {reason}")
         break
     else:
         if found:
