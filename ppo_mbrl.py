@@ -860,8 +860,8 @@ def restore(run: Run) -> bool:
                 torch.cuda.set_rng_state(state["random_cuda"], run.settings.device)
             log = state["metrics"].numpy().tobytes()
         except Exception as error:  # whatever it is that doesn't fit
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise UsageError(f"{path} was written by another version of this kit and can't be resumed: {reason}")
+            reason = f"{type(error).__name__}, {error}".splitlines()[0]
+            raise UsageError(f"{path} was written by another version of this kit and can't be resumed ({reason}); --fresh begins anew.")
         break
     else:
         if found:
@@ -1104,7 +1104,7 @@ def load_policy(run_dir: Path, env_id: str | None = None):
         if unexpected or any(not name.startswith("critic") for name in missing):
             raise RuntimeError("tensors are missing or unknown")
     except RuntimeError as error:
-        raise UsageError(f"The policy in {run_dir} does not fit its settings: {error}")
+        raise UsageError(f"The policy in {run_dir} does not fit its settings: {str(error).splitlines()[-1].strip()}")
     return settings, functools.partial(plan_actions, policy, settings) if settings.mode == "mpc" else policy.greedy
 
 
