@@ -345,15 +345,13 @@ def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: S
     with torch.no_grad():
         approx_kl = (ratio - 1 - logratio).mean()  # Schulman (2020), k3
         clip_fraction = ((ratio - 1).abs() > s.clip).float().mean()
-    loss = policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy
     info = {
-        "ppo/loss": loss.detach(),
         "ppo/approx_kl": approx_kl,
         "ppo/entropy": entropy.detach(),
         "ppo/clip_fraction": clip_fraction,
         "ppo/value_loss": value_loss.detach(),
     }
-    return loss, info
+    return policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy, info
 
 
 def ppo_update(
@@ -365,7 +363,7 @@ def ppo_update(
         values, next_values = agent.value(rollout.obs), agent.value(rollout.next_obs)
         advantages, returns = compute_gae(rollout, values, next_values, s.gamma, s.gae_lambda)
     batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)]
-    size, infos = len(batch[0]), []
+    size, losses, infos = len(batch[0]), [], []
     for _ in range(s.epochs):
         for index in torch.randperm(size, device=batch[0].device).split(s.minibatch):
             loss, info = ppo_loss(agent, *(x[index] for x in batch), s, temperature)
@@ -373,11 +371,12 @@ def ppo_update(
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
             optimizer.step()
+            losses.append(loss.detach())
             infos.append(torch.stack(list(info.values())))
             tick()
     means = dict(zip(info, torch.stack(infos).mean(0).tolist()))
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
-    return means | {"ppo/explained_variance": 1 - float(unexplained)}
+    return means | {"ppo/explained_variance": 1 - float(unexplained), "ppo/loss": float(torch.stack(losses).mean())}
 
 
 # ------------------------------------------------------------------------------------------------------- the training loops
