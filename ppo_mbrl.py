@@ -5,7 +5,7 @@
     python ppo_mbrl.py --mode mpc                   no policy: plan through the learned model (PETS: Chua et al., 2018)
     python ppo_mbrl.py evaluate RUN_DIR --gif landing.gif
 
-Read it top to bottom: settings, real environments, agent, PPO, the three training loops, evaluation, run folder, pictures, command line.
+Read it top to bottom: settings, real environments, agent, PPO, the three training loops, evaluation, the run, its folder, pictures, command line.
 The model itself is in `world_model.py`. To try an idea: `cp ppo_mbrl.py my_idea.py`, change it, run it; the diff is the idea.
 
 Shapes: T time, N environments or dreams, O observation, A actions, B minibatch. `truncated` is a time-out: the value goes on after it.
@@ -36,7 +36,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -50,10 +50,11 @@ from world_model import (
     WorldModel,
     draw_diagnosis,
     fit,
-    intact,
     measure,
     plan,
     pyplot,
+    read_checkpoint,
+    read_json,
     run_command,
     setting,
     settings_command,
@@ -123,6 +124,10 @@ class Settings(ModelSettings):
         """Defaults of the mode, then the --config file, then flags: resolved here and nowhere else."""
         known = {f.name: f for f in fields(cls)}
         file = read_settings_file(given["config"], known) if given.get("config") else {}
+        if ":" in str(file.get("env_id")) and "env_id" not in given:
+            raise UsageError(
+                f"{given['config']} names an environment that imports a module, {file['env_id']!r}; to trust it, type it as --env-id."
+            )
         chosen = file | given
         mode = chosen.get("mode", known["mode"].default)
         return cls(**{name: f.metadata["modes"][mode] for name, f in known.items() if mode in list(f.metadata["modes"])} | chosen)
@@ -155,11 +160,9 @@ class Settings(ModelSettings):
 def read_settings_file(path: str, known: dict) -> dict:
     """The settings in a JSON file, such as the config.json of another run. Raises UsageError for names that are not known."""
     try:
-        file = json.loads(Path(path).read_text())
+        file = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path} can't be read as JSON: {error}.")
-    if not isinstance(file, dict):
-        raise UsageError(f"--config {path} must hold one JSON object of settings.")
     for name in file.keys() - known.keys():
         near = difflib.get_close_matches(name, known, 1)
         raise UsageError(f"--config {path} has an unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
@@ -353,14 +356,16 @@ def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: S
     return policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy, info
 
 
-def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, s: Settings, temperature: float = 1.0) -> dict[str, float]:
+def ppo_update(
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, s: Settings, temperature=1.0, tick=lambda: None
+) -> dict[str, float]:
     """One PPO update on a rollout whose actions were drawn from `agent` at `temperature`. Returns means over all minibatches."""
     with torch.no_grad():
         logprobs = agent.logprobs(rollout.obs, temperature).gather(-1, rollout.actions[..., None])[..., 0]
         values, next_values = agent.value(rollout.obs), agent.value(rollout.next_obs)
         advantages, returns = compute_gae(rollout, values, next_values, s.gamma, s.gae_lambda)
     batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)]
-    size, infos = len(batch[0]), []
+    size, losses, infos = len(batch[0]), [], []
     for _ in range(s.epochs):
         for index in torch.randperm(size, device=batch[0].device).split(s.minibatch):
             loss, info = ppo_loss(agent, *(x[index] for x in batch), s, temperature)
@@ -368,10 +373,12 @@ def ppo_update(agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout,
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
             optimizer.step()
+            losses.append(loss.detach())
             infos.append(torch.stack(list(info.values())))
+            tick()
     means = dict(zip(info, torch.stack(infos).mean(0).tolist()))
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
-    return means | {"ppo/explained_variance": 1 - float(unexplained)}
+    return means | {"ppo/explained_variance": 1 - float(unexplained), "ppo/loss": float(torch.stack(losses).mean())}
 
 
 # ------------------------------------------------------------------------------------------------------- the training loops
@@ -393,7 +400,7 @@ def train_ppo(run: "Run"):
         scale.update(rollout)
         run.phase("learning")
         scaled = Rollout(*(x.to(s.device) for x in rollout._replace(rewards=scale(rollout.rewards))))
-        log = ppo_update(agent, optimizer, scaled, s, temperature)
+        log = ppo_update(agent, optimizer, scaled, s, temperature, run.tick)
         run.end_iteration(log)
 
 
@@ -440,7 +447,7 @@ def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, re
         run.imagined_steps += rollout.actions.numel()
         punished = rollout.terminated & (rollout.rewards < 0)
         rewards = scale(rollout.rewards * torch.where(punished, s.ending_penalty, 1.0))
-        log = ppo_update(agent, optimizer, rollout._replace(rewards=rewards), s, temperature)
+        log = ppo_update(agent, optimizer, rollout._replace(rewards=rewards), s, temperature, run.tick)
         logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
     return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon}
 
@@ -567,6 +574,12 @@ def evaluation_envs(env_id: str, episodes: int) -> list[gym.Env]:
     return [make_env(env_id) for _ in range(episodes)]
 
 
+def random_actions(s: Settings):
+    """A policy that draws actions uniformly, from a stream of its own."""
+    num_actions, rng = int(make_env(s.env_id).action_space.n), np.random.default_rng(0)
+    return lambda obs: torch.as_tensor(rng.integers(num_actions, size=len(obs)))
+
+
 def outcome(evaluations: list[float], final: float, threshold: float, random: float) -> str:
     """'solved', 'collapsed', 'stuck' or 'other', from the evaluation means over the run, the final score and the random policy's."""
     curve = np.array(evaluations)
@@ -580,7 +593,7 @@ def outcome(evaluations: list[float], final: float, threshold: float, random: fl
     return "stuck" if final >= random + 100 and np.ptp(last) <= 100 else "other"
 
 
-# ---------------------------------------------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------------------------------------------------- the run
 
 
 class Diverged(Exception):
@@ -591,14 +604,205 @@ class Interrupted(Exception):
     """A signal asked the run to leave; the argument is its number."""
 
 
+class Run:
+    """One run, as the training loops see it: counts steps, logs, evaluates, saves after every iteration, and goes on from there when started again.
+
+    All that happens between two saves follows from the first of them, so an interrupted iteration is simply done again, bit for bit.
+    """
+
+    COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve"
+
+    def __init__(self, settings: Settings, view: "View"):
+        self.settings, self.view, self.folder = settings, view, settings.folder()
+        self.real_steps = self.imagined_steps = self.iteration = 0
+        self.steps_to_solve = self.summary = self.signal = self.board = None
+        self.saved = self.counters()
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        threshold = make_env(settings.env_id).spec.reward_threshold
+        self.threshold = 200.0 if threshold is None else threshold  # what counts as solved
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+
+    def begin(self, act, policy: nn.Module, parts: dict):
+        """`act` is what is evaluated, `policy` the module behind it, `parts` all that has a state. Goes on from the newest good checkpoint."""
+        self.act, self.policy, self.parts = act, policy, parts
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        restored, path = restore(self), self.folder / "summary.json"
+        if restored and not self.goes_on():
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or a damaged one: the end is done again
+                summary = read_json(path)
+                self.summary = summary if verdict(summary) and summary["status"] == "finished" else None
+        if self.summary is None:
+            path.unlink(missing_ok=True)
+            write_atomically(self.folder / "config.json", json.dumps(asdict(self.settings), indent=1).encode())
+            write_atomically(self.folder / "env.json", json.dumps(surroundings(self.settings), indent=1).encode())
+            self.board = tensorboard(self.folder, self.real_steps + 1) if self.settings.tensorboard else None
+            self.view.start(self)
+        if not restored:
+            self.log(self.evaluation())
+
+    def goes_on(self) -> bool:
+        return self.real_steps < self.settings.total_steps
+
+    def steps_left(self, steps: int) -> int:
+        """So many steps of each environment, or as many as the run still has."""
+        return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
+
+    def temperature(self) -> float:
+        s = self.settings
+        return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * self.real_steps / s.total_steps
+
+    def phase(self, name: str):
+        self.view.now = name
+
+    def tick(self):
+        """Called in every long loop: leaves if a signal has asked for it."""
+        if self.signal:
+            raise Interrupted(self.signal)
+        self.view.tick(self)
+
+    def on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second time: leave at once
+
+    def end_iteration(self, log: dict):
+        """Checks all that was logged and learned, evaluates if it is time to, logs and saves."""
+        self.iteration += 1
+        pack({name: part.state_dict() for name, part in self.parts.items()}, learned := {})
+        self.check(log | learned)
+        every, before = self.settings.eval_every, self.saved["real_steps"]
+        evaluated = before // every != self.real_steps // every or not self.goes_on()
+        self.log(log | (self.evaluation() if evaluated else {}))
+        policy = {name: x.cpu().contiguous() for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
+        write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))
+        save_checkpoint(self)
+        self.saved = self.counters()
+
+    def check(self, numbers: dict):
+        """Ends the run, before anything is overwritten, unless all of these numbers and tensors are finite."""
+        bad = [name for name, x in numbers.items() if x is not None and not torch.as_tensor(x).isfinite().all()]
+        if bad:
+            raise Diverged(f"not finite after {self.real_steps} real steps: {', '.join(bad[:5])}" + ", ..." * (len(bad) > 5))
+
+    def play(self, episodes: int, seed: int) -> Scores:
+        scores = play(self.act, self.settings.env_id, episodes, seed, self.tick)
+        self.check(scores.row())
+        return scores
+
+    def evaluation(self) -> dict:
+        """Greedy, 20 episodes to follow progress and 100 once these average the threshold. Nothing depends on it but the log."""
+        self.phase("evaluating")
+        scores = self.play(20, 10_000)
+        if scores.returns.mean() >= self.threshold:
+            scores = self.play(100, 10_000)
+            if scores.returns.mean() >= self.threshold and self.steps_to_solve is None:
+                self.steps_to_solve = self.real_steps
+        return scores.row()
+
+    def log(self, row: dict):
+        row = dict(iteration=self.iteration, real_steps=self.real_steps, imagined_steps=self.imagined_steps, **self.clocks()) | row
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        if self.board:
+            for name, value in row.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, self.real_steps)
+            self.board.flush()
+        self.view.row(self, row)
+
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def counters(self) -> dict:
+        return {name: getattr(self, name) for name in self.COUNTERS}
+
+    def clocks(self) -> dict:
+        return dict(wall_s=round(time.perf_counter() - self.wall, 3), cpu_s=round(time.process_time() - self.cpu, 3))
+
+    def finish(self):
+        """The pictures, the final score, and last of all the summary, which says that the run is finished."""
+        self.phase("drawing")
+        draw_training(self.rows(), self.threshold, self.folder / "training.png")
+        self.tick()
+        if "model" in self.parts:
+            draw_diagnosis(self.parts["model"], self.parts["replay"], self.folder)
+        self.phase("final evaluation")
+        self.summarise("finished", self.play(100, 20_000))
+
+    def summarise(self, status: str, final: Scores | None = None):
+        """Writes summary.json; the outcome needs the final scores."""
+        s, evaluations = self.settings, [row["eval/return_mean"] for row in self.rows() if "eval/return_mean" in row]
+        summary = dict(status=status, mode=s.mode, env_id=s.env_id, seed=s.seed) | self.counters() | self.clocks()
+        summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False)
+        summary |= dict(final_return_mean=None, final_return_std=None, final_episodes=0)
+        if final is not None:
+            random = play(random_actions(s), s.env_id, 100, 20_000, self.tick).returns.mean()
+            mean, std = float(final.returns.mean()), float(final.returns.std())
+            summary |= dict(final_return_mean=mean, final_return_std=std, final_episodes=len(final.returns))
+            summary |= dict(outcome=outcome(evaluations, mean, self.threshold, random), hovering=bool(final.timeouts.mean() >= 0.5))
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1).encode())
+        self.summary = summary
+
+
+def verdict(summary: dict) -> str:
+    score = "{outcome}: final score {final_return_mean:.1f} +- {final_return_std:.1f} over {final_episodes} episodes"
+    return (score + " after {real_steps:,} real steps").format(**summary)
+
+
+# ---------------------------------------------------------------------------------------------------------------- run folder
+
+
+OWN = "config.json env.json summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
+
+
+@contextlib.contextmanager
+def claimed(run: Run):
+    """In here the run folder is this process's alone. Refuses one where another is at work, one of something else, and one with other settings.
+
+    `run.metrics`, the open log, is also the lock: it is freed when the file is closed, in whatever way the process ends.
+    """
+    folder, path, now = run.folder, run.folder / "config.json", asdict(run.settings)
+    essential = ["mode", "env_id", "seed"]
+    try:
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        run.metrics = open(folder / "metrics.jsonl", "ab")
+    except OSError as error:
+        raise UsageError(f"Run folder {folder} can't be used: {error.strerror or error}.")
+    with run.metrics:
+        try:
+            fcntl.flock(run.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another process is at work in {folder}.")
+        if path.exists():
+            try:
+                old = read_json(path)
+                if not set(essential) <= old.keys():
+                    raise ValueError
+            except ValueError:
+                raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
+            own = essential + [f.name for f in fields(Settings) if f.metadata["identity"]]
+            differs = [f"{name} was {old.get(name)!r} and is now {now[name]!r}" for name in own if old.get(name) != now[name]]
+            if run.settings.fresh:
+                run.metrics.truncate(0)
+                for file in [*checkpoints(folder, "*"), *(folder / name for name in OWN)]:
+                    file.unlink(missing_ok=True)
+            elif differs:
+                raise UsageError(f"{folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh.")
+        yield
+
+
 def write_atomically(path: Path, data: bytes):
     """The file is the old one or the new one, never half of either, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -626,236 +830,69 @@ def unpack(tree, tensors: dict):
     return [unpack(value, tensors) for value in tree] if isinstance(tree, list) else tree
 
 
-FILES = "config.json env.json metrics.jsonl summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
+def save_checkpoint(run: Run):
+    """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. It holds a copy of the log, too."""
+    tree = {name: part.state_dict() for name, part in run.parts.items()} | run.counters() | run.clocks()
+    tree["metrics"] = torch.frombuffer(bytearray((run.folder / "metrics.jsonl").read_bytes()), dtype=torch.uint8)
+    tree["random"] = torch.get_rng_state()
+    if torch.device(run.settings.device).type == "cuda":
+        tree["random_cuda"] = torch.cuda.get_rng_state(run.settings.device)
+    tensors = {}
+    state = json.dumps(pack(tree, tensors))
+    data = save(tensors, {"state": state})
+    stem = run.folder / "checkpoint" / f"{run.iteration:08d}"
+    write_atomically(stem.with_suffix(".safetensors"), data)
+    write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest())).encode())
+    keep_two(run.folder)
 
 
-class Run:
-    """One run and its folder: counts steps, logs, evaluates, saves after every iteration, and goes on from there when started again.
-
-    All that happens between two saves follows from the first of them, so an interrupted iteration is simply done again, bit for bit.
-    """
-
-    def __init__(self, settings: Settings, view: "View"):
-        self.settings, self.view, self.folder = settings, view, settings.folder()
-        self.real_steps = self.imagined_steps = self.iteration = 0
-        self.steps_to_solve, self.evaluated = None, 0
-        self.saved = self.counters()
-        self.wall, self.cpu, self.signal = time.perf_counter(), time.process_time(), None
-        threshold = make_env(settings.env_id).spec.reward_threshold
-        self.threshold = 200.0 if threshold is None else threshold  # what counts as solved
-        torch.set_num_threads(settings.threads)
-        torch.manual_seed(settings.seed)
-        self.board = tensorboard(self.folder) if settings.tensorboard else None
+def restore(run: Run) -> bool:
+    """Goes on from the newest checkpoint whose SHA-256 is right; False if there is none at all."""
+    found = [path.with_suffix(".safetensors") for path in checkpoints(run.folder, "json")]
+    for path in reversed(found):
         try:
-            (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-            self.claim()
-        except OSError as error:
-            raise UsageError(f"Run folder {self.folder} can't be used: {error.strerror or error}.")
-
-    def claim(self):
-        """Makes the folder this run's, or refuses it: another process is at work there, it is not a run's, or it holds other settings."""
-        path, now = self.folder / "config.json", asdict(self.settings)
-        self.lock = os.open(self.folder, os.O_RDONLY)  # held until the run ends
+            tensors, state = read_checkpoint(path)
+        except (OSError, ValueError):
+            run.view.say(f"Checkpoint {path} is damaged; trying the one before it.")
+            continue
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"Another process is at work in {self.folder}.")
-        if path.exists():
-            try:
-                old = json.loads(path.read_text())
-                old = {name: old.get(name) for name in now} | {name: old[name] for name in ("mode", "env_id", "seed")}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
-            if self.settings.fresh:
-                for file in [*self.checkpoints("*"), *(self.folder / name for name in FILES)]:
-                    file.unlink(missing_ok=True)
-            free = {f.name for f in fields(Settings) if not f.metadata["identity"]} - {"mode", "env_id", "seed"}
-            differs = [f"{name} was {old[name]!r} and is now {new!r}" for name, new in now.items() if name not in free and old[name] != new]
-            if differs and not self.settings.fresh:
-                raise UsageError(
-                    f"{self.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh."
-                )
-
-    def checkpoints(self, ending: str) -> list[Path]:
-        """Our own files in checkpoint/, oldest first; whatever else is there is none of our business."""
-        return sorted((self.folder / "checkpoint").glob("[0-9]" * 8 + "." + ending))
-
-    # --- what the training loops call
-
-    def begin(self, act, policy: nn.Module, parts: dict):
-        """`act` is what is evaluated, `policy` the module behind it, `parts` all that has a state. Goes on from the newest good checkpoint."""
-        self.act, self.module, self.parts = act, policy, parts
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-        restored, summary, self.finished_before = self.restore(), self.folder / "summary.json", False
-        with contextlib.suppress(OSError, ValueError):
-            self.finished_before = restored and not self.goes_on() and json.loads(summary.read_text())["status"] == "finished"
-        if not self.finished_before:
-            summary.unlink(missing_ok=True)
-            write_atomically(self.folder / "config.json", json.dumps(asdict(self.settings), indent=1).encode())
-            write_atomically(self.folder / "env.json", json.dumps(surroundings(self.settings), indent=1).encode())
-            self.view.start(self)
-        if not restored:
-            self.log(self.evaluation())
-
-    def goes_on(self) -> bool:
-        return self.real_steps < self.settings.total_steps
-
-    def steps_left(self, steps: int) -> int:
-        """So many steps of each environment, or as many as the run still has."""
-        return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
-
-    def temperature(self) -> float:
-        s = self.settings
-        return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * self.real_steps / s.total_steps
-
-    def phase(self, name: str):
-        self.view.now = name
-
-    def tick(self):
-        """Called in every long loop: leaves if a signal has asked for it."""
-        if self.signal:
-            raise Interrupted(self.signal)
-        self.view.tick(self)
-
-    def end_iteration(self, log: dict):
-        """Logs the iteration, evaluates if it is time to, and saves."""
-        self.iteration += 1
-        bad = [name for name, value in log.items() if value is not None and not math.isfinite(value)]
-        if bad:
-            raise Diverged(f"not finite after {self.real_steps} real steps: {', '.join(bad)}")
-        s = self.settings
-        evaluated = self.evaluated // s.eval_every != self.real_steps // s.eval_every or not self.goes_on()
-        self.log(log | (self.evaluation() if evaluated else {}))
-        self.save()
-
-    # --- evaluating and logging
-
-    def evaluation(self) -> dict:
-        """Greedy, 20 episodes to follow progress and 100 once these average the threshold. Nothing depends on it but the log."""
-        self.phase("evaluating")
-        scores = play(self.act, self.settings.env_id, 20, 10_000, self.tick)
-        if scores.returns.mean() >= self.threshold:
-            scores = play(self.act, self.settings.env_id, 100, 10_000, self.tick)
-            if scores.returns.mean() >= self.threshold and self.steps_to_solve is None:
-                self.steps_to_solve = self.real_steps
-        self.evaluated = self.real_steps
-        return scores.row()
-
-    def log(self, row: dict):
-        row = dict(iteration=self.iteration, real_steps=self.real_steps, imagined_steps=self.imagined_steps, **self.clocks()) | row
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if self.board:
-            for name, value in row.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, self.real_steps)
-            self.board.flush()
-        self.view.row(self, row)
-
-    def clocks(self) -> dict:
-        return dict(wall_s=round(time.perf_counter() - self.wall, 3), cpu_s=round(time.process_time() - self.cpu, 3))
-
-    def rows(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    # --- saving and going on
-
-    COUNTERS = "real_steps", "imagined_steps", "steps_to_solve", "iteration", "evaluated"
-
-    def counters(self) -> dict:
-        return {name: getattr(self, name) for name in self.COUNTERS}
-
-    def save(self):
-        """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. The last two are kept."""
-        tree = {name: part.state_dict() for name, part in self.parts.items()} | {"random": torch.get_rng_state()}
-        tree |= self.counters() | self.clocks() | {"metrics_bytes": (self.folder / "metrics.jsonl").stat().st_size}
-        if torch.cuda.is_available():
-            tree["random_cuda"] = torch.cuda.get_rng_state_all()
-        tensors = {}
-        state = json.dumps(pack(tree, tensors))
-        data = save(tensors, {"state": state})
-        policy = {name: x.cpu().contiguous() for name, x in self.module.state_dict().items() if not name.startswith("critic")}
-        write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))
-        stem = self.folder / "checkpoint" / f"{self.iteration:08d}"
-        write_atomically(stem.with_suffix(".safetensors"), data)
-        write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest())).encode())
-        self.saved = self.counters()
-        kept = [path.stem for path in self.checkpoints("json")[-2:]]
-        for old in self.checkpoints("*"):
-            if old.name[:8] not in kept:
-                old.unlink()
-
-    def restore(self) -> bool:
-        """Goes on from the newest checkpoint whose SHA-256 is right; False if there is none at all."""
-        found = self.checkpoints("json")
-        for path in reversed(found):
-            state = read_checkpoint(path)
-            if state is None:
-                self.view.say(f"Checkpoint {path.with_suffix('.safetensors')} is damaged; trying the one before it.")
-                continue
-            try:
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
-                self.saved = {name: state[name] for name in self.COUNTERS}
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise UsageError(f"{path} was written by another version of this kit and can't be resumed: {str(error).splitlines()[0]}")
-            vars(self).update(self.saved)
+            state = unpack(json.loads(state), tensors)
+            for name, part in run.parts.items():
+                part.load_state_dict(state[name])
+            run.saved = {name: state[name] for name in Run.COUNTERS}
+            vars(run).update(run.saved)
+            run.wall, run.cpu = run.wall - state["wall_s"], run.cpu - state["cpu_s"]
             torch.set_rng_state(state["random"])
-            if torch.cuda.is_available() and "random_cuda" in state:
-                torch.cuda.set_rng_state_all(state["random_cuda"])
-            self.wall -= state["wall_s"]
-            self.cpu -= state["cpu_s"]
-            with open(self.folder / "metrics.jsonl", "a+b") as file:  # drop the rows of an iteration that was not finished
-                file.truncate(min(file.tell(), state["metrics_bytes"]))
-            return True
+            if "random_cuda" in state and torch.device(run.settings.device).type == "cuda":
+                torch.cuda.set_rng_state(state["random_cuda"], run.settings.device)
+            log = state["metrics"].numpy().tobytes()
+        except Exception as error:  # whatever it is that doesn't fit
+            reason = f"{type(error).__name__}, {error}".splitlines()[0]
+            raise UsageError(f"{path} was written by another version of this kit and can't be resumed ({reason}); --fresh begins anew.")
+        break
+    else:
         if found:
-            raise UsageError(f"Every checkpoint in {self.folder} is damaged; --fresh deletes them and begins anew.")
-        (self.folder / "metrics.jsonl").write_text("")
-        return False
-
-    def summarise(self, status: str, final: Scores | None = None) -> dict:
-        """Writes summary.json; the outcome needs the final scores."""
-        s, evaluations = self.settings, [row["eval/return_mean"] for row in self.rows() if "eval/return_mean" in row]
-        summary = {name: getattr(s, name) for name in ("mode", "env_id", "seed")} | {
-            name: getattr(self, name) for name in self.COUNTERS[:4]
-        }
-        summary |= dict(status=status, peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False, **self.clocks())
-        summary |= dict(final_return_mean=None, final_return_std=None, final_episodes=0)
-        if final is not None:
-            random = play(random_actions(s), s.env_id, 100, 20_000, self.tick).returns.mean()
-            mean, std = float(final.returns.mean()), float(final.returns.std())
-            summary |= dict(final_return_mean=mean, final_return_std=std, final_episodes=len(final.returns))
-            summary |= dict(outcome=outcome(evaluations, mean, self.threshold, random), hovering=bool(final.timeouts.mean() >= 0.5))
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1).encode())
-        return summary
-
-    def finish(self) -> dict:
-        """The pictures, the final score, and last of all the summary, which says that the run is finished."""
-        self.phase("drawing")
-        draw_training(self.rows(), self.threshold, self.folder / "training.png")
-        self.tick()
-        if "model" in self.parts:
-            draw_diagnosis(self.parts["model"], self.parts["replay"], self.folder)
-        self.phase("final evaluation")
-        return self.summarise("finished", play(self.act, self.settings.env_id, 100, 20_000, self.tick))
-
-    def on_signal(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second time: leave at once
+            raise UsageError(f"Every checkpoint in {run.folder} is damaged; --fresh deletes them and begins anew.")
+        log = b""
+    if (run.folder / "metrics.jsonl").read_bytes() != log:  # rows of an iteration that was not finished, or rows that were lost
+        run.metrics.truncate(0)
+        run.metrics.write(log)
+        run.metrics.flush()
+    keep_two(run.folder)
+    return bool(found)
 
 
-def read_checkpoint(path: Path) -> dict | None:
-    """The state behind a checkpoint's .json, or None if either file is damaged. Nothing in it is ever executed."""
-    try:
-        if not intact(path.with_suffix(".safetensors")):
-            return None
-        with safe_open(path.with_suffix(".safetensors"), "pt") as file:
-            return unpack(json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return None
+def checkpoints(folder: Path, ending: str) -> list[Path]:
+    """Our own files in checkpoint/, oldest first; whatever else is there is none of our business."""
+    return sorted((folder / "checkpoint").glob("[0-9]" * 8 + "." + ending))
+
+
+def keep_two(folder: Path):
+    """Deletes all but the last two checkpoints, and what a kill left of an unfinished one."""
+    kept = [path.stem for path in checkpoints(folder, "json")[-2:]]
+    for path in checkpoints(folder, "*"):
+        if path.name[:8] not in kept:
+            path.unlink()
 
 
 def surroundings(s: Settings) -> dict:
@@ -867,20 +904,6 @@ def surroundings(s: Settings) -> dict:
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     machine = dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count())
     return dict(python=platform.python_version(), **versions, commit=commit or None, **machine, threads=s.threads, device=s.device)
-
-
-def random_actions(s: Settings):
-    """A policy that draws actions uniformly, from a stream of its own."""
-    num_actions, rng = int(make_env(s.env_id).action_space.n), np.random.default_rng(0)
-    return lambda obs: torch.as_tensor(rng.integers(num_actions, size=len(obs)))
-
-
-def tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard needs one more package: pip install tensorboard==2.21.0")
-    return SummaryWriter(str(folder / "tensorboard"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- live view
@@ -938,6 +961,14 @@ class View:
     def stop(self):
         if self.live:
             self.live.stop()
+
+
+def tensorboard(folder: Path, purge_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs one more package: pip install tensorboard==2.21.0")
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
 
 def number(x: float) -> str:
@@ -1016,27 +1047,24 @@ def train(ctx: typer.Context, given: dict):
         view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")
     check_device(settings.device)
     run = Run(settings, view)
-    try:
-        TRAIN[settings.mode](run)
-        if run.finished_before:
-            view.say("This run is finished already; raise --total-steps to go on, or begin anew with --fresh.")
-            summary = json.loads((run.folder / "summary.json").read_text())
-        else:
-            summary = run.finish()
-        score = "{final_return_mean:.1f} +- {final_return_std:.1f} over {final_episodes} episodes after {real_steps:,} real steps"
-        sentence, status = f"{summary['outcome']}: final score {score.format(**summary)}; see {run.folder}", 0
-    except Diverged as error:
-        run.summarise("diverged")
-        sentence, status = f"Diverged: {error}. The last good checkpoint is kept in {run.folder}.", 3
-    except Interrupted as stop:
-        run.signal = None
-        vars(run).update(run.saved)  # the iteration that was not finished will be done again
-        run.summarise("interrupted")
-        sentence = f"Interrupted; saved up to real step {run.real_steps:,}. The same command goes on from there. ({run.folder})"
-        status = 128 + stop.args[0]
-    finally:
-        view.stop()
-        os.close(run.lock)
+    with claimed(run):
+        try:
+            TRAIN[settings.mode](run)
+            if run.summary:
+                view.say("This run is finished already; raise --total-steps to go on, or begin anew with --fresh.")
+            else:
+                run.finish()
+            sentence, status = f"{verdict(run.summary)}; see {run.folder}", 0
+        except Diverged as error:
+            run.summarise("diverged")
+            sentence, status = f"Diverged: {error}. The last good checkpoint is kept in {run.folder}.", 3
+        except Interrupted as stop:
+            vars(run).update(run.saved)  # the iteration that was not finished will be done again
+            run.summarise("interrupted")
+            sentence = f"Interrupted; saved up to real step {run.real_steps:,}. The same command goes on from there. ({run.folder})"
+            status = 128 + stop.args[0]
+        finally:
+            view.stop()
     view.say(sentence)
     raise typer.Exit(status)
 
@@ -1048,11 +1076,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="First environment seed.")] = 20_000,
     gif: Annotated[Optional[Path], typer.Option(help="Also record the first episode here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    env_id: Annotated[Optional[str], typer.Option(help="Play this environment instead of the run's own.")] = None,
 ):
     """Plays a trained policy greedily and prints its score."""
     if gif and (gif.suffix.lower() != ".gif" or not gif.absolute().parent.is_dir()):
         raise UsageError(f"{gif} must be a .gif in a folder that exists.")
-    settings, act = load_policy(run_dir)
+    settings, act = load_policy(run_dir, env_id)
     frames = [] if gif else None
     scores = play(act, settings.env_id, episodes, seed, frames=frames)
     if gif:
@@ -1065,12 +1094,12 @@ def evaluate(
         View().say(f"{mean:.1f} +- {std:.1f} over {episodes} episodes of {length:.0f} steps; {timeouts:.0%} ran into the time limit")
 
 
-def load_policy(run_dir: Path):
+def load_policy(run_dir: Path, env_id: str | None = None):
     """The settings of a run and its newest policy as act(obs (n, O)) -> actions (n)."""
     try:
-        settings = Settings(**json.loads((run_dir / "config.json").read_text()))
+        settings = Settings.resolve(dict(config=str(run_dir / "config.json")) | (dict(env_id=env_id) if env_id else {}))
         tensors = load_file(run_dir / "policy.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, UsageError, SafetensorError) as error:
         raise UsageError(f"{run_dir} holds no policy that can be read: {error}.")
     torch.set_num_threads(settings.threads)
     env = make_env(settings.env_id)
@@ -1082,7 +1111,7 @@ def load_policy(run_dir: Path):
         if unexpected or any(not name.startswith("critic") for name in missing):
             raise RuntimeError("tensors are missing or unknown")
     except RuntimeError as error:
-        raise UsageError(f"The policy in {run_dir} does not fit its settings: {error}")
+        raise UsageError(f"The policy in {run_dir} does not fit its settings: {str(error).splitlines()[-1].strip()}")
     return settings, functools.partial(plan_actions, policy, settings) if settings.mode == "mpc" else policy.greedy
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------------------------ settings
@@ -92,6 +92,8 @@ def checked(f: dataclasses.Field, value):
         raise UsageError(
             f"{flag} must be {dict(int='a whole number', float='a number', bool='true or false', str='text')[f.type.__name__]}, not {value!r}."
         )
+    if f.type is str and not value.isprintable():
+        raise UsageError(f"{flag} must be printable text, not {value!r}.")
     if f.type in (int, float) and not low <= value <= high:  # `not <=` refuses NaN too
         raise UsageError(f"{flag} must be between {low:g} and {high:g}, not {value}.")
     return value
@@ -653,7 +655,8 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
         loss.backward()
         return loss
 
-    lbfgs.step(objective)
+    if logit.isfinite().all():  # else the model has diverged, which its losses tell
+        lbfgs.step(objective)
     model.calibration.copy_(torch.stack([free[0].exp(), free[1]]).detach())
 
 
@@ -932,23 +935,41 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
 # -------------------------------------------------------------------------------------------------------------- command line
 
 
-def intact(checkpoint: Path) -> bool:
-    """Whether a .safetensors file is the one whose SHA-256 stands in the .json beside it."""
-    return json.loads(checkpoint.with_suffix(".json").read_text())["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+def read_json(path: Path) -> dict:
+    """The one JSON object in a file. Raises OSError or ValueError."""
+    try:
+        value = json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deeply")
+    if not isinstance(value, dict):
+        raise ValueError("it must hold one JSON object")
+    return value
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the text in a .safetensors checkpoint. Raises OSError, or ValueError if the .json beside it holds another SHA-256."""
+    data = path.read_bytes()
+    if read_json(path.with_suffix(".json")).get("sha256") != hashlib.sha256(data).hexdigest():
+        raise ValueError("it is damaged")
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # of the format: its length, itself, then the tensors
+        return load(data), header["__metadata__"]["state"]
+    except (LookupError, TypeError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"it is no checkpoint of this kit: {error}")
 
 
 def load_replay(run_dir: Path, holdout: int, newest: int) -> Replay:
     """The real steps in a run's newest checkpoint."""
-    files = sorted((run_dir / "checkpoint").glob("*.safetensors"))
+    found = sorted((run_dir / "checkpoint").glob("[0-9]" * 8 + ".json"))
+    if not found:
+        raise UsageError(f"{run_dir} holds no checkpoint; is it the folder of a run in a learned model?")
     try:
-        tensors = load_file(files[-1])
-        if not intact(files[-1]):
-            raise UsageError(f"Checkpoint {files[-1]} is damaged.")
-        steps = Rollout(**{name: tensors[f"replay.{name}"] for name in Rollout._fields})
-    except (IndexError, KeyError, OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{run_dir} holds no checkpoint with real steps of a learned model: {error}.")
-    replay = Replay(steps.obs.shape[1], steps.obs.shape[2], holdout, newest)
-    replay.add(steps)
+        tensors, _ = read_checkpoint(found[-1].with_suffix(".safetensors"))
+        steps = Rollout(*(tensors[f"replay.{name}"] for name in Rollout._fields))
+        replay = Replay(steps.obs.shape[1], steps.obs.shape[2], holdout, newest)
+        replay.add(steps)
+    except (LookupError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{found[-1]} holds no real steps of a run in a learned model: {error}.")
     if not replay.held_out.any():
         raise UsageError(f"{run_dir} has too few episodes to hold one out; let it run on.")
     return replay
@@ -970,7 +991,7 @@ def main(
     from rich.table import Table
 
     try:
-        config = json.loads((run_dir / "config.json").read_text())
+        config = read_json(run_dir / "config.json")
         settings = ModelSettings(**{f.name: config[f.name] for f in dataclasses.fields(ModelSettings)} | given)
         folder = run_dir / "world_model"
         folder.mkdir(exist_ok=True)
@@ -984,7 +1005,9 @@ def main(
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("fitting", total=updates)
-        fit(model, optimizer, replay, updates, settings.wm_batch, lambda: progress.advance(bar))
+        losses = fit(model, optimizer, replay, updates, settings.wm_batch, lambda: progress.advance(bar))
+    if not all(map(math.isfinite, losses.values())):
+        raise UsageError("The fit diverged: its losses are not finite. Try a smaller --wm-lr.")
     result = diagnose(model, replay)
     (folder / "diagnosis.json").write_text(json.dumps(result, indent=1))
     draw_diagnosis(model, replay, folder)

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -640,11 +639,11 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, monkeypatch, capsys):
     in_brief(monkeypatch)
     assert train(tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    other = os.open(tmp_path, os.O_RDONLY)
+    other = open(tmp_path / "metrics.jsonl", "ab")
     fcntl.flock(other, fcntl.LOCK_EX)  # as another process would hold it
     assert train(tmp_path, total_steps=120) == 2
     assert "Another process is at work" in capsys.readouterr().err
-    os.close(other)
+    other.close()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert train(tmp_path, total_steps=120) == 0
 
