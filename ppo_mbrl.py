@@ -661,7 +661,7 @@ class Run:
             if self.settings.fresh:
                 for file in [*self.checkpoints("*"), *(self.folder / name for name in FILES)]:
                     file.unlink(missing_ok=True)
-            free = {f.name for f in fields(Settings) if not f.metadata["identity"]} - {"mode", "env_id", "seed"}
+            free = {f.name for f in fields(self.settings) if not f.metadata["identity"]} - {"mode", "env_id", "seed"}
             differs = [f"{name} was {old[name]!r} and is now {new!r}" for name, new in now.items() if name not in free and old[name] != new]
             if differs and not self.settings.fresh:
                 raise UsageError(
@@ -756,6 +756,7 @@ class Run:
     # --- saving and going on
 
     COUNTERS = "real_steps", "imagined_steps", "steps_to_solve", "iteration", "evaluated"
+    LENGTH = "--total-steps"
 
     def counters(self) -> dict:
         return {name: getattr(self, name) for name in self.COUNTERS}
@@ -1007,11 +1008,16 @@ def train(ctx: typer.Context, given: dict):
     if idle:
         view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")
     check_device(settings.device)
-    run = Run(settings, view)
+    raise typer.Exit(carry_out(Run(settings, view), TRAIN[settings.mode]))
+
+
+def carry_out(run: Run, loop) -> int:
+    """Takes a training loop to its end, or to where it breaks off, and says how it went. Returns the exit status."""
+    view = run.view
     try:
-        TRAIN[settings.mode](run)
+        loop(run)
         if run.finished_before:
-            view.say("This run is finished already; raise --total-steps to go on, or begin anew with --fresh.")
+            view.say(f"This run is finished already; raise {run.LENGTH} to go on, or begin anew with --fresh.")
             summary = json.loads((run.folder / "summary.json").read_text())
         else:
             summary = run.finish()
@@ -1030,7 +1036,7 @@ def train(ctx: typer.Context, given: dict):
         view.stop()
         os.close(run.lock)
     view.say(sentence)
-    raise typer.Exit(status)
+    return status
 
 
 @app.command()
@@ -1060,7 +1066,8 @@ def evaluate(
 def load_policy(run_dir: Path):
     """The settings of a run and its newest policy as act(obs (n, O)) -> actions (n)."""
     try:
-        settings = Settings(**json.loads((run_dir / "config.json").read_text()))
+        config = json.loads((run_dir / "config.json").read_text())
+        settings = Settings(**{f.name: config[f.name] for f in fields(Settings) if f.name in config})  # a fork may have others
         tensors = load_file(run_dir / "policy.safetensors")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(f"{run_dir} holds no policy that can be read: {error}.")
