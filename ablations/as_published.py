@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -232,11 +233,12 @@ def real_steps(run: "Run") -> int:
 
 
 # gradients: how they are kept small
-def each_number(parameters, limit: float):
-    nn.utils.clip_grad_value_(parameters, limit)
+def each_number(parameters: list, limit: float):
+    for p in parameters:
+        p.grad.clamp_(-limit, limit)
 
 
-def the_norm(parameters, limit: float):
+def the_norm(parameters: list, limit: float):
     nn.utils.clip_grad_norm_(parameters, limit)
 
 
@@ -397,6 +399,35 @@ def mean_return(steps: Rollout) -> float:
     return float(steps.rewards.sum() / (steps.terminated | steps.truncated).sum())
 
 
+# ---------------------------------------------------------------------------------------------------------- networks by hand
+
+# Autograd takes three times as long with networks so small, and a run fits half a million minibatches. A network is the pair's `mlp`.
+
+
+def flatten(net: nn.Sequential) -> nn.Parameter:
+    """All weights as one vector, of which the network's own become views: an optimiser has one tensor to update instead of six."""
+    flat = nn.Parameter(parameters_to_vector(net.parameters()).detach())
+    vector_to_parameters(flat.data, net.parameters())
+    return flat
+
+
+@torch.no_grad()
+def forward(net: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, inputs) -> the same, both hidden layers, output (B, outputs)."""
+    below = net[0](x).tanh_()
+    top = net[2](below).tanh_()
+    return x, below, top, net[4](top)
+
+
+@torch.no_grad()
+def backward(net: nn.Sequential, x: Tensor, below: Tensor, top: Tensor, by_output: Tensor) -> Tensor:
+    """What `forward` returned and a gradient by the output (B, outputs) -> the gradient by the flat weights."""
+    by_top = torch.ops.aten.tanh_backward(by_output @ net[4].weight, top)
+    by_below = torch.ops.aten.tanh_backward(by_top @ net[2].weight, below)
+    layers = (by_below, x), (by_top, below), (by_output, top)
+    return torch.cat([part.flatten() for by, before in layers for part in (by.T @ before, by.sum(0))])
+
+
 # ----------------------------------------------------------------------------------------------------------------- the model
 
 
@@ -409,6 +440,7 @@ class Model(nn.Module):
         self.numbers = self.scale.numbers * (obs_dim + 1)
         width = self.encode(torch.zeros(1, dtype=torch.int64), num_actions).shape[1]
         self.net = mlp(obs_dim + width, hidden, self.numbers + self.endings.logits, last_gain=math.sqrt(2))
+        self.flat = [flatten(self.net)]
 
     def inputs(self, obs: Tensor, actions: Tensor) -> Tensor:
         """(B, O) and (B) -> (B, inputs)."""
@@ -416,21 +448,12 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def backpropagate(self, inputs: Tensor, target: Tensor, terminated: Tensor) -> Tensor:
-        """Inputs (B, inputs), target (B, K), terminated (B, 1) -> the loss, and its gradient in every parameter's .grad.
-
-        By hand, for autograd takes three times as long with networks so small, and a run fits half a million minibatches.
-        """
-        first, _, second, _, last = self.net
-        below = first(inputs).tanh_()
-        top = second(below).tanh_()
-        numbers, logit = last(top).tensor_split([self.numbers], -1)
-        loss, gradient = self.scale.loss(numbers, target)
-        loss_of_endings, gradient_of_endings = self.endings.loss(logit, terminated)
-        gradient = torch.cat([gradient, gradient_of_endings], -1)
-        for layer, x in ((last, top), (second, below), (first, inputs)):
-            layer.weight.grad, layer.bias.grad = gradient.T @ x, gradient.sum(0)
-            if layer is not first:
-                gradient = (gradient @ layer.weight) * (1 - x.square())
+        """Inputs (B, inputs), target (B, K), terminated (B, 1) -> the loss, and its gradient in .grad of the flat weights."""
+        *layers, output = forward(self.net, inputs)
+        numbers, logit = output.tensor_split([self.numbers], -1)
+        loss, by_numbers = self.scale.loss(numbers, target)
+        loss_of_endings, by_logit = self.endings.loss(logit, terminated)
+        self.flat[0].grad = backward(self.net, *layers, torch.cat([by_numbers, by_logit], -1))
         return loss + loss_of_endings
 
     @torch.no_grad()
@@ -446,13 +469,12 @@ def fit(run: "Run", model: Model, optimizer, steps: Rollout, updates: int) -> fl
     s, losses = run.settings, []
     target = model.scale.target(steps.obs, steps.next_obs, steps.rewards)
     model.scale.fit(steps.obs, target)
-    known = torch.cat([model.inputs(steps.obs, steps.actions), target, steps.terminated[:, None].float()], -1)
-    sizes = [known.shape[1] - target.shape[1] - 1, target.shape[1], 1]
-    parameters = list(model.parameters())
+    known = model.inputs(steps.obs, steps.actions), target, steps.terminated[:, None].float()
     while len(losses) < updates:
-        for batch in known[torch.randperm(len(known))].split(s.wm_batch)[: updates - len(losses)]:
-            losses.append(model.backpropagate(*batch.split(sizes, -1)))
-            run.way.gradients(parameters, s.max_grad)
+        shuffled = torch.randperm(len(target))
+        for batch in zip(*(x[shuffled].split(s.wm_batch) for x in known), range(updates - len(losses))):
+            losses.append(model.backpropagate(*batch[:3]))
+            run.way.gradients(model.flat, s.max_grad)
             optimizer.step()
             run.tick()
     return float(torch.stack(losses[-math.ceil(updates / s.wm_passes) :]).mean())
@@ -523,15 +545,13 @@ def dream(run: "Run", agent: Agent, model: Model, data: Data) -> tuple[Rollout, 
 # ----------------------------------------------------------------------------------------------------------------------- PPO
 
 
-def ppo_loss(agent: Agent, obs, actions, old_logprobs, old_values, advantages, returns, s: Settings, way) -> tuple[Tensor, dict]:
-    """The pair's `ppo_loss` with the departures in it, on a minibatch, every argument (B, ...)."""
-    logits = agent.logits(obs)
+def ppo_loss(logits, value, actions, old_logprobs, old_values, advantages, returns, s: Settings, way) -> tuple[Tensor, dict]:
+    """The pair's `ppo_loss` with the departures in it, on the agent's logits (B, A) and values and a minibatch, all others (B)."""
     logprobs = (logits / s.temperature).log_softmax(-1)
     acting = (logits / way.temperature(s.temperature)).log_softmax(-1).gather(-1, actions[:, None])[:, 0]
     ratio = way.ratio(acting, old_logprobs)
     advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     policy_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - s.clip, 1 + s.clip)).mean()
-    value = agent.value(obs)
     clipped = way.clip(value, old_values, returns, s.value_clip)
     value_loss = torch.max((value - returns).square(), (clipped - returns).square()).mean() / 2
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
@@ -544,20 +564,29 @@ def ppo_loss(agent: Agent, obs, actions, old_logprobs, old_values, advantages, r
     return loss, {name: x.detach() for name, x in (log | {"ppo/value_loss": value_loss, "ppo/loss": loss}).items()}
 
 
-def ppo_update(agent: Agent, optimizer, rollout: Rollout, acted: Tensor, s: Settings, way, tick=lambda: None) -> tuple[dict, float]:
-    """`passes` over a Rollout (T, N, ...) whose actions were drawn at `acted` (T, N, O). Returns means over all minibatches, and the last pass's loss."""
+def ppo_update(
+    agent: Agent, flat: list, optimizer, rollout: Rollout, acted: Tensor, s: Settings, way, tick=lambda: None
+) -> tuple[dict, float]:
+    """`passes` over a Rollout (T, N, ...) whose actions were drawn at `acted` (T, N, O); `flat` are the weights of actor and critic.
+
+    Returns means over all minibatches, and the mean loss of the last pass.
+    """
     with torch.no_grad():
         logprobs = agent.logprobs(acted, way.temperature(s.temperature)).gather(-1, rollout.actions[..., None])[..., 0]
         values, next_values = agent.value(acted), agent.value(rollout.next_obs)
         advantages, returns = compute_gae(way.timeout(rollout), values, next_values, s.gamma, s.gae_lambda)
-    batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, values, advantages, returns)]
-    size, logs, parameters = len(batch[0]), [], list(agent.parameters())
+    inputs = agent.normaliser(rollout.obs).flatten(0, 1)
+    batch = [x.flatten() for x in (rollout.actions, logprobs, values, advantages, returns)]
+    size, logs = len(inputs), []
     for _ in range(s.passes):
         for index in torch.randperm(size).split(s.minibatch):
-            loss, log = ppo_loss(agent, *(x[index] for x in batch), s, way)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            way.gradients(parameters, s.max_grad)
+            *actor, logits = forward(agent.actor, inputs[index])
+            *critic, value = forward(agent.critic, inputs[index])
+            logits.requires_grad_(), value.requires_grad_()
+            loss, log = ppo_loss(logits, value[:, 0], *(x[index] for x in batch), s, way)
+            by_logits, by_value = torch.autograd.grad(loss, (logits, value))
+            flat[0].grad, flat[1].grad = backward(agent.actor, *actor, by_logits), backward(agent.critic, *critic, by_value)
+            way.gradients(flat, s.max_grad)
             optimizer.step()
             logs.append(torch.stack(list(log.values())))
             tick()
@@ -594,8 +623,9 @@ def train(run: Run):
     agent.actor = mlp(sizes[0], s.hidden, sizes[1], last_gain=math.sqrt(2))
     agent.critic = mlp(sizes[0], s.hidden, 1, last_gain=math.sqrt(2))
     model, data = Model(*sizes, s.hidden, way), Data(envs, way.replay)
-    groups = [dict(params=agent.actor.parameters(), lr=s.lr_actor), dict(params=agent.critic.parameters(), lr=s.lr_critic)]
-    optimizer, wm_optimizer = torch.optim.Adam(groups, fused=True), torch.optim.Adam(model.parameters(), s.wm_lr, fused=True)
+    flat = [flatten(agent.actor), flatten(agent.critic)]
+    groups = [dict(params=[weights], lr=lr) for weights, lr in zip(flat, (s.lr_actor, s.lr_critic))]
+    optimizer, wm_optimizer = torch.optim.Adam(groups, fused=True), torch.optim.Adam(model.flat, s.wm_lr, fused=True)
     plateau, wm_plateau = (ReduceLROnPlateau(x, factor=s.lr_factor, patience=10, min_lr=1e-5) for x in (optimizer, wm_optimizer))
     parts = dict(agent=agent, optimizer=optimizer, plateau=plateau, wm=model, wm_optimizer=wm_optimizer, wm_plateau=wm_plateau, data=data)
     run.begin(agent.greedy, policy=agent, parts=parts)
@@ -606,7 +636,7 @@ def train(run: Run):
             run.phase("dreaming")
             rollout, acted = dream(run, agent, model, data)
             run.phase("learning")
-            log, loss = ppo_update(agent, optimizer, rollout, acted, s, way, run.tick)
+            log, loss = ppo_update(agent, flat, optimizer, rollout, acted, s, way, run.tick)
             log |= fates(rollout)
             plateau.step(loss)
         run.phase("gathering")

@@ -111,7 +111,9 @@ def test_the_published_loss_falls_with_the_entropy_and_the_textbooks_rises(depar
             agent.actor[-1].weight.copy_(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)) * sharpness)
         same = torch.zeros(len(obs)), agent.value(obs).detach()  # equal advantages and no value error: entropy alone is left
         losses.append(
-            as_published.ppo_loss(agent, obs, actions, old, same[1], *same, Settings(entropy_coef=1), choose(departures))[0].item()
+            as_published.ppo_loss(
+                agent.logits(obs), agent.value(obs), actions, old, same[1], *same, Settings(entropy_coef=1), choose(departures)
+            )[0].item()
         )
     assert (losses[0] < losses[1]) == uniform_is_better
 
@@ -125,7 +127,11 @@ def test_the_published_value_clipping_does_nothing_and_the_textbooks_is_that_of_
         loop += max((v - r) ** 2, (o + min(max(v - o, -0.3), 0.3) - r) ** 2) / len(obs) / 2
     plain = sum((v - r) ** 2 for v, r in zip(value, returns.tolist())) / len(obs) / 2
     found = [
-        float(as_published.ppo_loss(agent, obs, actions, old, values, advantages, returns, s, choose(d))[1]["ppo/value_loss"])
+        float(
+            as_published.ppo_loss(agent.logits(obs), agent.value(obs), actions, old, values, advantages, returns, s, choose(d))[1][
+                "ppo/value_loss"
+            ]
+        )
         for d in ("all", all_but("clip"))
     ]
     assert found == pytest.approx([plain, loop], rel=1e-5) and loop > 1.01 * plain
@@ -138,10 +144,14 @@ def test_the_published_ratio_forgets_the_temperature_at_which_actions_are_drawn(
         agent.actor[-1].weight.mul_(300)
         logprobs = agent.logprobs(obs, temperature).gather(-1, actions[:, None])[:, 0]
     zeros = torch.zeros(len(obs))
-    _, log = as_published.ppo_loss(agent, obs, actions, logprobs, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures))
+    _, log = as_published.ppo_loss(
+        agent.logits(obs), agent.value(obs), actions, logprobs, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures)
+    )
     assert abs(float(log["ppo/approx_kl"])) < 1e-6  # no change of policy is seen at the temperature it should have
     other = agent.logprobs(obs, 3 - temperature).gather(-1, actions[:, None])[:, 0].detach()
-    _, log = as_published.ppo_loss(agent, obs, actions, other, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures))
+    _, log = as_published.ppo_loss(
+        agent.logits(obs), agent.value(obs), actions, other, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures)
+    )
     assert float(log["ppo/approx_kl"]) > 1e-3
 
 
@@ -268,9 +278,10 @@ def test_with_all_departures_mended_an_update_is_that_of_the_pair(temperature):
     for textbook in (True, False):
         torch.manual_seed(3)
         agent = ppo_mbrl.Agent(4, 2, 8).double()
-        optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2, fused=True)
+        flat = [as_published.flatten(net) for net in (agent.actor, agent.critic)] if textbook else agent.parameters()
+        optimizer = torch.optim.Adam(flat, lr=1e-2, fused=True)
         if textbook:
-            logs.append(as_published.ppo_update(agent, optimizer, rollout, rollout.obs, ours, choose(""))[0])
+            logs.append(as_published.ppo_update(agent, flat, optimizer, rollout, rollout.obs, ours, choose(""))[0])
         else:
             logs.append(ppo_mbrl.ppo_update(agent, optimizer, rollout, pairs, temperature))
         agents.append(agent.state_dict())
@@ -291,9 +302,10 @@ def test_each_departure_of_ppo_changes_the_update(name):
     for departures in ("", name):
         torch.manual_seed(3)
         agent = ppo_mbrl.Agent(4, 2, 8)
-        optimizer = torch.optim.Adam(agent.parameters(), lr=3e-2)
+        flat = [as_published.flatten(agent.actor), as_published.flatten(agent.critic)]
+        optimizer = torch.optim.Adam(flat, lr=3e-2)
         as_published.ppo_update(
-            agent, optimizer, rollout, rollout.obs, Settings(passes=3, minibatch=16, entropy_coef=0.1), choose(departures)
+            agent, flat, optimizer, rollout, rollout.obs, Settings(passes=3, minibatch=16, entropy_coef=0.1), choose(departures)
         )
         updated.append(torch.cat([p.flatten() for p in agent.parameters()]))
     assert not torch.equal(*updated)
@@ -307,7 +319,7 @@ def test_backpropagation_by_hand_is_autograds(departures):
     model.scale.fit(steps.obs, target)
     inputs, ends = model.inputs(steps.obs, steps.actions), steps.terminated[:, None].float()
     loss = model.backpropagate(inputs, target, ends)
-    by_hand = [p.grad.clone() for p in model.parameters()]
+    by_hand = model.flat[0].grad
 
     output = model.net(inputs)
     if way.scale is as_published.Raw:
@@ -320,8 +332,8 @@ def test_backpropagation_by_hand_is_autograds(departures):
         p = output[:, -1:].sigmoid()
         expected = expected - (ends * p.log() + (1 - ends) * (1 - p).log()).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    for ours, autograds in zip(by_hand, torch.autograd.grad(expected, list(model.parameters()))):
-        torch.testing.assert_close(ours, autograds, rtol=1e-3, atol=1e-6)
+    autograds = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(model.parameters()))])
+    torch.testing.assert_close(by_hand, autograds, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("departures", ["all", ""])
@@ -334,7 +346,7 @@ def test_a_model_learns_a_linear_environment(departures):
     steps = Rollout(obs, actions, obs.sum(-1), next_obs, never, never)
     torch.manual_seed(0)
     model = Model(3, 2, 32, run.way)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
+    optimizer = torch.optim.Adam(model.flat, 3e-3, fused=True)
     as_published.fit(run, model, optimizer, steps, 1500)
     found, reward, _ = model.imagine(obs, actions, noise=0)
     unexplained = (found - next_obs).square().mean(0) / (next_obs - obs).var(0)
