@@ -318,6 +318,10 @@ class Settings:
     # fmt: on
     device = "cpu"
 
+    @classmethod
+    def resolve(cls, given: dict) -> "Settings":
+        return cls(**given)
+
     def __post_init__(self):
         for f in fields(self):
             setattr(self, f.name, checked(f, getattr(self, f.name)))
@@ -680,7 +684,7 @@ def main(
         given["departures"] = ",".join(name for name in DEPARTURES if name not in mended)
     elif broken:
         given["departures"] = ",".join(broken)
-    raise typer.Exit(carry_out(Run(Settings(**given), View()), train))
+    raise typer.Exit(carry_out(Run(Settings.resolve(given), View()), train))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
+import cloudpickle  # what joblib and Dask send work with
 import numpy as np
 import typer
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals import cloudpickle
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich import box
 from rich.console import Console, Group
@@ -84,6 +84,9 @@ class Study:
     minutes: float | dict[str, float] = 2.5  # CPU time of one run, as expected; by arm where they differ
     metric: str = "final_return_mean"  # what the tables and the picture show
     measure: Callable[[Path], dict] | None = None  # further columns, from the folder of a finished run
+    script: str = "ppo_mbrl.py"  # what is run, below the kit's folder
+    smoke: dict | None = None  # settings of a smoke run, where SMOKE's do not fit the script
+    skip: Callable[[str, int], bool] = lambda arm, seed: False  # runs of the table that are left out
 
 
 class Job(NamedTuple):
@@ -143,12 +146,12 @@ def expand(study: Study, seeds: list[int], script: Path = ROOT / "ppo_mbrl.py", 
     Settings, jobs = load_settings(script), []
     above = (["smoke"] if smoke else []) + ([script.stem] if script != ROOT / "ppo_mbrl.py" else [])
     for seed in seeds:
-        for arm, chosen in study.arms.items():
+        for arm, chosen in ((arm, chosen) for arm, chosen in study.arms.items() if not study.skip(arm, seed)):
             given = study.shared | (chosen(seed) if callable(chosen) else chosen)
             if unknown := given.keys() - {f.name for f in fields(Settings)}:
                 raise UsageError(f"Arm {arm!r} has an unknown setting {unknown.pop()!r}.")
             if smoke:
-                given |= SMOKE[Settings.resolve(given).mode]
+                given |= study.smoke or SMOKE[Settings.resolve(given).mode]
             s = Settings.resolve(given | dict(seed=seed))
             usual = Settings.resolve(dict(mode=s.mode))
             name = f"{s.folder().parent.name}_total_steps={s.total_steps}"  # runs of other lengths are other runs
@@ -248,14 +251,12 @@ def connect(scheduler: str, workers: int):
     """A Dask cluster at an address, or one of this machine."""
     try:
         import distributed
-        from distributed.protocol.pickle import cloudpickle  # not joblib's
     except ImportError:
         raise UsageError("--backend dask needs one more package: pip install distributed==2026.8.0")
     try:
         distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
     except (OSError, ValueError) as error:
         raise UsageError(f"No Dask scheduler answers at {scheduler}: {error}.")
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Board:
@@ -480,7 +481,7 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
     plt = pyplot()
     figure, ((curves, seeds), (rates, profiles)) = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     arms = [arm for arm in study.arms if any(row["arm"] == arm for row in rows)]
-    colours = dict(zip(arms, plt.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors))
+    colours = {arm: plt.get_cmap("tab10" if len(arms) <= 10 else "tab20")(i % 20) for i, arm in enumerate(arms)}
     every = np.concatenate([values(rows, arm, study.metric) for arm in arms])
     taus = np.linspace(every.min(), every.max(), 200)
     for i, arm in enumerate(arms):
@@ -535,7 +536,7 @@ def run_study(study: Study):
         backend: Annotated[Literal["loky", "dask"], typer.Option(help="Worker processes of joblib, or a Dask cluster.")] = "loky",
         scheduler: Annotated[str, typer.Option(help="Address of the Dask scheduler; without it, a cluster of this machine.")] = "",
         index: Annotated[Optional[int], typer.Option(min=0, envvar=["SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"], help="Only the run of this number in --dry-run's table.")] = None,
-        script: Annotated[Path, typer.Option(help="A fork of ppo_mbrl.py to run instead.")] = ROOT / "ppo_mbrl.py",
+        script: Annotated[Path, typer.Option(help="A fork of ppo_mbrl.py to run instead.")] = ROOT / study.script,
         reuse: Annotated[bool, typer.Option("--reuse", help="Runs whose rows are in ablations/results/ count as finished.")] = False,
         compare: Annotated[bool, typer.Option("--check", help="Afterwards compare the runs with the rows in ablations/results/.")] = False,
     ):  # fmt: skip
@@ -554,7 +555,7 @@ def run_study(study: Study):
 def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, script, reuse, compare) -> int:
     """Runs what is left of a study's table, writes each row at once, and reports. Returns the exit status."""
     console, folder, kit = Console(), Path("runs", "studies", study.name + "_smoke" * smoke), kit_version(script)
-    if script != ROOT / "ppo_mbrl.py":
+    if script != ROOT / study.script:
         folder = folder.with_name(f"{folder.name}_{script.stem}")
     say = lambda sentence: console.print(sentence, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
     path, jobs = folder / "rows.csv", table if index is None else [table[index]]

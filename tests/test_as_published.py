@@ -20,6 +20,8 @@ from world_model import Rollout
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "ablations"))
 import as_published  # noqa: E402
+import run as runner  # noqa: E402
+import what_broke_it  # noqa: E402
 from as_published import DEPARTURES, Data, Model, Settings, choose, dream  # noqa: E402
 
 TINY = dict(env_id="CartPole-v1", epochs=3, episodes=3, dream_steps=40, passes=2, minibatch=16, wm_passes=2, hidden=8, test_every=2)
@@ -462,3 +464,42 @@ def test_the_policy_can_be_evaluated_like_that_of_any_run(tmp_path, monkeypatch)
     settings, act = ppo_mbrl.load_policy(tmp_path)
     assert ppo_mbrl.play(act, settings.env_id, 2, 20_000).returns.mean() == summary_of(tmp_path)["final_return_mean"]
     assert json.loads((tmp_path / "config.json").read_text())["departures"] == "all"
+
+
+# ---------------------------------------------------------------------------------------------------------------- the study
+
+
+def made_up_rows() -> list[dict]:
+    """As published 20, the textbook 220; `ratio` alone costs 150 points, `scale` alone adds 100 to the largest fall, `action` is noise."""
+    rng, rows = np.random.default_rng(0), []
+    for seed in range(10):
+        for arm, chosen in what_broke_it.STUDY.arms.items():
+            on = as_published.names(chosen["departures"])
+            score, fall = 220 - 150 * ("ratio" in on) - 50 * (len(on) > 6), 20 + 100 * ("scale" in on)
+            wide = 200 if "action" in arm else 3
+            rows.append(dict(arm=arm, seed=seed, run=arm, final_return_mean=score + wide * rng.normal(), fall=fall + rng.normal()))
+    return rows
+
+
+def test_the_study_finds_who_did_it_in_made_up_runs(tmp_path):
+    found = {row["departure"]: row for row in what_broke_it.verdicts(made_up_rows())}
+    assert {name: row["verdict"] for name, row in found.items()} == dict.fromkeys(DEPARTURES, "harmless") | dict(
+        ratio="causes the local optimum", scale="causes the collapse", action="open"
+    )
+    for value, low, high in found["ratio"]["shares"]:
+        assert low - 0.02 < 150 / 180 < high + 0.02 and value == pytest.approx(150 / 180, abs=0.05)
+
+    runner.record(tmp_path / "rows.csv", made_up_rows())
+    what_broke_it.conclude(tmp_path)
+    assert (tmp_path / "verdicts.md").read_text().count("harmless") == 9 and (tmp_path / "verdicts.png").stat().st_size > 10_000
+
+
+def test_the_study_has_26_arms_of_five_seeds_and_ten_of_its_ends():
+    jobs = runner.expand(what_broke_it.STUDY, list(range(10)), as_published_script())
+    seeds = {arm: sorted(job.seed for job in jobs if job.arm == arm) for arm in what_broke_it.STUDY.arms}
+    assert len(seeds) == 26 and len({job.folder for job in jobs}) == len(jobs) == 2 * 10 + 24 * 5
+    assert all(found == list(range(10 if arm in ("published", "textbook") else 5)) for arm, found in seeds.items())
+
+
+def as_published_script() -> Path:
+    return Path(as_published.__file__).resolve()
