@@ -32,7 +32,7 @@ def largest_fall(run_dir: Path) -> dict:
     """How far the mean return of the data episodes fell within one epoch, and what it was in the last five."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     returns = np.array([row["data/return_mean"] for row in rows if "data/return_mean" in row])
-    return dict(fall=float(-np.diff(returns).min(initial=0)), data_return=float(returns[-5:].mean()))
+    return dict(fall=float((-np.diff(returns)).max(initial=0)), data_return=float(returns[-5:].mean()))
 
 
 ENDS = dict(published=dict(departures="all"), textbook=dict(departures=""))
