@@ -120,10 +120,10 @@ class Settings(ModelSettings):
 
     # fmt: on
     @classmethod
-    def resolve(cls, given: dict) -> "Settings":
-        """Defaults of the mode, then the --config file, then flags: resolved here and nowhere else."""
+    def resolve(cls, given: dict, of_a_fork: bool = False) -> "Settings":
+        """Defaults of the mode, then the --config file, then flags: resolved here and nowhere else. A fork's file may hold other settings, too."""
         known = {f.name: f for f in fields(cls)}
-        file = read_settings_file(given["config"], known) if given.get("config") else {}
+        file = read_settings_file(given["config"], known, of_a_fork) if given.get("config") else {}
         if ":" in str(file.get("env_id")) and "env_id" not in given:
             raise UsageError(
                 f"{given['config']} names an environment that imports a module, {file['env_id']!r}; to trust it, type it as --env-id."
@@ -157,16 +157,16 @@ class Settings(ModelSettings):
         return Path("runs", self.env_id.replace("/", "_"), name, f"seed_{self.seed}")
 
 
-def read_settings_file(path: str, known: dict) -> dict:
+def read_settings_file(path: str, known: dict, of_a_fork: bool) -> dict:
     """The settings in a JSON file, such as the config.json of another run. Raises UsageError for names that are not known."""
     try:
         file = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path} can't be read as JSON: {error}.")
-    for name in file.keys() - known.keys():
+    for name in () if of_a_fork else file.keys() - known.keys():
         near = difflib.get_close_matches(name, known, 1)
         raise UsageError(f"--config {path} has an unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
-    return {name: value for name, value in file.items() if name not in ("run_dir", "config", "fresh")}  # where, not what
+    return {name: value for name, value in file.items() if name in known and name not in ("run_dir", "config", "fresh")}  # where, not what
 
 
 # --------------------------------------------------------------------------------------------------------- real environments
@@ -611,6 +611,7 @@ class Run:
     """
 
     COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve"
+    LENGTH = "--total-steps"  # what makes a finished run go on
 
     def __init__(self, settings: Settings, view: "View"):
         self.settings, self.view, self.folder = settings, view, settings.folder()
@@ -781,7 +782,7 @@ def claimed(run: Run):
                     raise ValueError
             except ValueError:
                 raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
-            own = essential + [f.name for f in fields(Settings) if f.metadata["identity"]]
+            own = essential + [f.name for f in fields(run.settings) if f.metadata["identity"]]
             differs = [f"{name} was {old.get(name)!r} and is now {now[name]!r}" for name in own if old.get(name) != now[name]]
             if run.settings.fresh:
                 run.metrics.truncate(0)
@@ -859,7 +860,7 @@ def restore(run: Run) -> bool:
             state = unpack(json.loads(state), tensors)
             for name, part in run.parts.items():
                 part.load_state_dict(state[name])
-            run.saved = {name: state[name] for name in Run.COUNTERS}
+            run.saved = {name: state[name] for name in run.COUNTERS}
             vars(run).update(run.saved)
             run.wall, run.cpu = run.wall - state["wall_s"], run.cpu - state["cpu_s"]
             torch.set_rng_state(state["random"])
@@ -1046,12 +1047,17 @@ def train(ctx: typer.Context, given: dict):
     if idle:
         view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")
     check_device(settings.device)
-    run = Run(settings, view)
+    raise typer.Exit(carry_out(Run(settings, view), TRAIN[settings.mode]))
+
+
+def carry_out(run: Run, loop) -> int:
+    """Takes a training loop to its end, or to where it breaks off, and says how it went. Returns the exit status."""
+    view = run.view
     with claimed(run):
         try:
-            TRAIN[settings.mode](run)
+            loop(run)
             if run.summary:
-                view.say("This run is finished already; raise --total-steps to go on, or begin anew with --fresh.")
+                view.say(f"This run is finished already; raise {run.LENGTH} to go on, or begin anew with --fresh.")
             else:
                 run.finish()
             sentence, status = f"{verdict(run.summary)}; see {run.folder}", 0
@@ -1066,7 +1072,7 @@ def train(ctx: typer.Context, given: dict):
         finally:
             view.stop()
     view.say(sentence)
-    raise typer.Exit(status)
+    return status
 
 
 @app.command()
@@ -1097,7 +1103,7 @@ def evaluate(
 def load_policy(run_dir: Path, env_id: str | None = None):
     """The settings of a run and its newest policy as act(obs (n, O)) -> actions (n)."""
     try:
-        settings = Settings.resolve(dict(config=str(run_dir / "config.json")) | (dict(env_id=env_id) if env_id else {}))
+        settings = Settings.resolve(dict(config=str(run_dir / "config.json")) | (dict(env_id=env_id) if env_id else {}), of_a_fork=True)
         tensors = load_file(run_dir / "policy.safetensors")
     except (OSError, UsageError, SafetensorError) as error:
         raise UsageError(f"{run_dir} holds no policy that can be read: {error}.")

@@ -1,0 +1,20 @@
+"""Study: how many models does an agent need? One alone knows nothing of its uncertainty.
+
+python ablations/ensemble_size.py --seeds 0-9 --jobs 2
+"""
+
+from run import More, Study, run_study
+
+STUDY = Study(
+    name="ensemble_size",
+    question="How many members does the ensemble need?",
+    claim="Five members, the default, return more on the way than one, and so do three.",
+    arms={str(size): dict(wm_ensemble=size) for size in (5, 1, 2, 3, 7)},
+    shared=dict(mode="simple", total_steps=10_000),
+    tests=[More("5", "1", "mean_return"), More("3", "1", "mean_return")],
+    metric="mean_return",
+    minutes={"5": 2.5, "1": 1.4, "2": 1.7, "3": 2.0, "7": 3.1},
+)
+
+if __name__ == "__main__":
+    run_study(STUDY)

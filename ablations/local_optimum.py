@@ -1,0 +1,33 @@
+"""Study: what gets PPO in dreams stuck, and what sets it free?
+
+The article's agent hovers or wanders at about 100 and never lands reliably. Each ingredient is added to the defaults, and taken out of an agent that
+has them all. Without "long horizon", dreams of "all" are cut after 20 steps. The runs are those of collapse.py.
+
+    python ablations/local_optimum.py --seeds 0-9 --jobs 2
+"""
+
+from run import More, Study, run_study
+
+INGREDIENTS = {
+    "no uncertainty": dict(uncertainty="none"),
+    "heads (s, a)": dict(wm_heads="sa"),
+    "newest data": dict(wm_newest=2000),
+    "few refits": dict(num_steps=1000, rounds=20),  # as many PPO updates, a quarter of the fits
+}
+ALL = {name: value for settings in INGREDIENTS.values() for name, value in settings.items()}
+WITHOUT = {f"all but {name}": {k: v for k, v in ALL.items() if k not in settings} for name, settings in INGREDIENTS.items()}
+ARMS = {"default": {}, **{f"+ {name}": settings for name, settings in INGREDIENTS.items()}}
+ARMS |= {"+ discount 0.99": dict(gamma=0.99), "all": ALL, **WITHOUT, "all but long horizon": ALL | dict(horizon=20)}
+
+STUDY = Study(
+    name="local_optimum",
+    question="Which ingredients keep an agent that learns in dreams from landing, and which of them are enough by themselves?",
+    claim="An agent with all ingredients returns less on the way than the default; so does the default with a discount of 0.99, or without uncertainty.",
+    arms=ARMS,
+    shared=dict(mode="simple", total_steps=10_000),
+    tests=[More("default", arm, "mean_return") for arm in ("all", "+ discount 0.99", "+ no uncertainty")],
+    metric="mean_return",
+)
+
+if __name__ == "__main__":
+    run_study(STUDY)

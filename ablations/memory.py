@@ -1,0 +1,23 @@
+"""Study: does a recurrent model help (the article's first plan)? With wind, whose phase the observation does not show, and without.
+
+python ablations/memory.py --seeds 0-9 --jobs 2
+"""
+
+from run import More, Study, run_study
+
+WIND = dict(env_id="ablations.wind:LunarLanderWind-v3")
+GRU = dict(wm_memory="gru")
+
+STUDY = Study(
+    name="memory",
+    question="Does the model need a memory?",
+    claim="A model with a memory returns more on the way where there is wind, and with wind its agent returns less than without when it has none.",
+    arms={"no wind": {}, "no wind, GRU": GRU, "wind": WIND, "wind, GRU": WIND | GRU},
+    shared=dict(mode="simple", total_steps=10_000),
+    tests=[More("wind, GRU", "wind", "mean_return"), More("no wind", "wind", "mean_return")],
+    metric="mean_return",
+    minutes={"no wind": 2.5, "no wind, GRU": 5.0, "wind": 2.5, "wind, GRU": 5.0},
+)
+
+if __name__ == "__main__":
+    run_study(STUDY)

@@ -1,0 +1,650 @@
+"""Runs a study: many seeds of the public command, the statistics behind a verdict, a picture. The pages beside this file call it.
+
+    python ablations/heads.py --seeds 0-9 --jobs 2      the same command again skips what is finished and resumes what is not
+    python ablations/heads.py --dry-run                 the runs and what they cost; --smoke: one short run an arm
+    python ablations/heads.py --script my_fork.py       the same study on a fork of ppo_mbrl.py
+    python ablations/heads.py --check                   do new runs agree with the committed rows in ablations/results/?
+
+A page declares a Study and hands it to `run_study`. Its runs lie in runs/ENV/NAME/seed_S, where NAME is what differs from the defaults, so studies
+share identical runs. Rows, report and picture are in runs/studies/STUDY/. Read on: study, one run, batch, rows, verdict, picture, command line.
+"""
+
+import contextlib
+import csv
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Optional
+
+import cloudpickle  # what joblib and Dask send work with
+import numpy as np
+import typer
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import stats  # noqa: E402
+
+from world_model import UsageError, pyplot, run_command  # noqa: E402
+
+RESULTS = ROOT / "ablations" / "results"
+
+# --------------------------------------------------------------------------------------------------------------------- study
+
+
+@dataclass
+class More:
+    """Runs of arm `of` have more of `what` than those of arm `than`: Mann-Whitney, or Fisher's exact test for what is yes or no.
+
+    With `spread` they differ more from each other: the test is of the distances to the arm's own median.
+    """
+
+    of: str
+    than: str
+    what: str = "final_return_mean"
+    spread: bool = False
+
+
+@dataclass
+class Often:
+    """What is yes or no holds in more than `share` of the runs of an arm: an exact binomial test."""
+
+    arm: str
+    what: str
+    share: float = 0.5
+
+
+@dataclass
+class Study:
+    """What a page declares before anything is run."""
+
+    name: str
+    question: str
+    claim: str
+    arms: dict[
+        str, dict | Callable[[int], dict]
+    ]  # settings of each arm, or what makes them of the seed; the others are compared with the first
+    tests: list[More | Often]  # reproduced: all of them hold, each with p < 0.05 after Holm's correction for their number
+    shared: dict = field(default_factory=dict)  # settings of all arms
+    seeds: str = "0-9"
+    minutes: float | dict[str, float] = 2.5  # CPU time of one run, as expected; by arm where they differ
+    metric: str = "final_return_mean"  # what the tables and the picture show
+    measure: Callable[[Path], dict] | None = None  # further columns, from the folder of a finished run
+    script: str = "ppo_mbrl.py"  # what is run, below the kit's folder
+    smoke: dict | None = None  # settings of a smoke run, where SMOKE's do not fit the script
+    skip: Callable[[str, int], bool] = lambda arm, seed: False  # runs of the table that are left out
+
+
+class Job(NamedTuple):
+    """One run of a study."""
+
+    arm: str
+    seed: int
+    folder: Path  # below the current directory
+    command: list[str]  # all but --run-dir
+    total_steps: int
+    minutes: float
+
+    @property
+    def run(self) -> str:
+        """What identifies the run but for its seed: two jobs of the same `run` and seed are one run."""
+        return self.folder.parent.as_posix()
+
+
+# A smoke run is over within a minute on one core.
+SMOKE = dict(
+    ppo=dict(total_steps=20_000, eval_every=20_000),
+    simple=dict(total_steps=1250, eval_every=1250, rounds=1, wm_updates=20, wm_first_updates=100),
+    mpc=dict(total_steps=50, eval_every=50, warmup_steps=40, num_steps=10, wm_updates=20, wm_first_updates=100, plan_horizon=3),
+)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-9' or '1,4,7' -> seeds. Raises UsageError."""
+    try:
+        parts = [[int(x) for x in part.split("-")] for part in text.split(",")]
+    except ValueError:
+        parts = [[]]
+    if not all(1 <= len(part) <= 2 and part[0] <= part[-1] < part[0] + 10_000 for part in parts):
+        raise UsageError(f"--seeds {text!r} is neither a range such as 0-9 nor a list such as 1,4,7.")
+    return list(dict.fromkeys(seed for part in parts for seed in range(part[0], part[-1] + 1)))
+
+
+def load_settings(script: Path):
+    """The Settings of ppo_mbrl.py or of a fork of it."""
+    try:
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.Settings
+    except (OSError, ImportError, SyntaxError, AttributeError) as error:
+        raise UsageError(f"--script {script} is not a fork of ppo_mbrl.py: {error}.")
+
+
+def as_flags(settings: dict) -> list[str]:
+    """Settings as they are typed."""
+    named = [(name.replace("_", "-"), value) for name, value in settings.items()]
+    return [word for name, x in named for word in ([f"--{name}" if x else f"--no-{name}"] if type(x) is bool else [f"--{name}", str(x)])]
+
+
+def expand(study: Study, seeds: list[int], script: Path = ROOT / "ppo_mbrl.py", smoke: bool = False) -> list[Job]:
+    """All runs of a study, seed by seed, so that a batch that is broken off has as many of each arm."""
+    Settings, jobs = load_settings(script), []
+    above = (["smoke"] if smoke else []) + ([script.stem] if script != ROOT / "ppo_mbrl.py" else [])
+    for seed in seeds:
+        for arm, chosen in ((arm, chosen) for arm, chosen in study.arms.items() if not study.skip(arm, seed)):
+            given = study.shared | (chosen(seed) if callable(chosen) else chosen)
+            if unknown := given.keys() - {f.name for f in fields(Settings)}:
+                raise UsageError(f"Arm {arm!r} has an unknown setting {unknown.pop()!r}.")
+            if smoke:
+                given |= study.smoke or SMOKE[Settings.resolve(given).mode]
+            s = Settings.resolve(given | dict(seed=seed))
+            usual = Settings.resolve(dict(mode=s.mode))
+            name = f"{s.folder().parent.name}_total_steps={s.total_steps}"  # runs of other lengths are other runs
+            name += f"_eval_every={s.eval_every}" if s.eval_every != usual.eval_every else ""
+            folder = Path("runs", *above, s.folder().parts[1], name, f"seed_{seed}")
+            command = [sys.executable, str(script), *as_flags(given), "--seed", str(seed)]
+            minutes = study.minutes[arm] if isinstance(study.minutes, dict) else study.minutes
+            jobs.append(Job(arm, seed, folder, command, s.total_steps, 0.5 if smoke else minutes))
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------------------------------- one run
+
+
+def status(folder: Path) -> str:
+    """'finished' or 'diverged' if there is nothing left to do in a run's folder, else ''."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = json.loads((folder / "summary.json").read_text())["status"]
+        return found if found in ("finished", "diverged") else ""
+    return ""
+
+
+def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> tuple[str, str]:
+    """One run of the public command, in a process of its own with one thread -> how it ended, and its last words if it crashed.
+
+    A run that crashed is tried once more. The log beside the run's folder is also its lock, and the run holds it too: whoever else wants the same
+    run waits for it (or, without `wait`, hears 'busy') even if this process is killed, and then finds it finished.
+    """
+    with contextlib.suppress(ValueError):  # only a main thread may; Ctrl-C reaches runs by way of `stop`, so that they save
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "ab") as log:
+        while True:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop.exists() or not wait:
+                    return "interrupted" if stop.exists() else "busy", ""
+                time.sleep(0.5)
+        environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        for attempt in range(2):
+            if done := status(folder):
+                return done, ""
+            if stop.exists():
+                return "interrupted", ""
+            run = subprocess.Popen([*command, "--run-dir", str(folder)], stdout=log, stderr=log, env=environment, start_new_session=True)
+            while run.poll() is None:
+                if stop.exists():
+                    run.terminate()  # it saves
+                    run.wait()
+                time.sleep(0.2)
+            if run.returncode in (130, 143):
+                return "interrupted", ""
+            if run.returncode == 2:  # bad input stays bad
+                break
+    words = Path(log.name).read_text(errors="replace").strip().splitlines()
+    return status(folder) or "crashed", f"exit {run.returncode}: {words[-1] if words else ''}"
+
+
+# --------------------------------------------------------------------------------------------------------------------- batch
+
+
+def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Path, ended: Callable[[Job, str, str], None]):
+    """All jobs on worker processes; ended(job, how, words) is called for each. A worker that is killed takes no job with it."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers, also of other machines, need neither this file nor torch
+    if backend == "dask":
+        connect(scheduler, workers)
+    deaths = 0
+    for wait in (False, True):  # what another launcher is at work on comes last
+        left = dict(enumerate(jobs))
+        busy = []
+        while left:
+            try:
+                with parallel_config(backend=backend):
+                    work = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
+                    for i, (how, words) in work(
+                        delayed(numbered)(i, j.command, j.folder.absolute(), stop.absolute(), wait) for i, j in left.copy().items()
+                    ):
+                        job = left.pop(i)
+                        if how == "busy":
+                            busy.append(job)
+                        else:
+                            ended(job, how, words)
+            except TerminatedWorkerError:
+                deaths += 1
+                if deaths > 20:
+                    raise UsageError("Workers are killed again and again; is there too little memory for so many --jobs?")
+        jobs = busy
+
+
+def numbered(number: int, *job) -> tuple[int, tuple[str, str]]:
+    return number, execute(*job)
+
+
+def connect(scheduler: str, workers: int):
+    """A Dask cluster at an address, or one of this machine."""
+    try:
+        import distributed
+    except ImportError:
+        raise UsageError("--backend dask needs one more package: pip install distributed==2026.8.0")
+    try:
+        distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"No Dask scheduler answers at {scheduler}: {error}.")
+
+
+class Board:
+    """What the user sees: a live table on a terminal, a line for each run that ends elsewhere."""
+
+    def __init__(self, jobs: list[Job], done: int, workers: int):
+        self.jobs, self.ended, self.began, self.before, self.workers = jobs, done, time.time(), self.progress(jobs), workers
+        self.total = done + len(jobs)
+
+    def progress(self, jobs: list[Job]) -> float:
+        """Expected CPU minutes that the runs in these jobs have behind them."""
+        return sum(job.minutes * min(1, newest(job.folder).get("real_steps", 0) / job.total_steps) for job in jobs)
+
+    def left(self) -> str:
+        done, whole = self.progress(self.jobs), sum(job.minutes for job in self.jobs)
+        if done - self.before < 0.01 * whole:
+            return f"about {(whole - done) / self.workers:,.0f} min left, as declared"
+        return f"about {(time.time() - self.began) / 60 * (whole - done) / (done - self.before):,.0f} min left"
+
+    def __rich__(self):
+        table = Table("arm", "seed", "real steps", "newest score", "model error", box=box.SIMPLE)
+        for job in self.jobs:
+            with contextlib.suppress(OSError):
+                if (job.folder / "metrics.jsonl").stat().st_mtime > self.began and not status(job.folder):
+                    row = newest(job.folder)
+                    score, error = (
+                        f"{row[name]:.3g}" if row.get(name) is not None else "-" for name in ("eval/return_mean", "wm/error_1step")
+                    )
+                    table.add_row(job.arm, str(job.seed), f"{row.get('real_steps', 0):,} of {job.total_steps:,}", score, error)
+        return Group(table, f"{self.ended} of {self.total} runs ended, {self.left()}")
+
+
+def newest(folder: Path) -> dict:
+    """The newest numbers in a run's metrics."""
+    row = {}
+    with contextlib.suppress(OSError, ValueError):  # the last row may be half written
+        for line in (folder / "metrics.jsonl").read_text().splitlines()[-40:]:
+            row |= json.loads(line)
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------------------- rows
+
+
+COPIED = "env_id real_steps imagined_steps steps_to_solve final_return_mean final_return_std peak_return_mean outcome hovering cpu_s wall_s"
+
+
+def describe(study: Study, job: Job, kit: str) -> dict:
+    """The row of a run that is over: what its summary says, and what its evaluations say of the way there."""
+    summary = json.loads((job.folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [(row["real_steps"], row["eval/return_mean"]) for row in rows if row.get("eval/return_mean") is not None]
+    row = dict(arm=job.arm, seed=job.seed, status=summary["status"]) | {name: summary[name] for name in COPIED.split()}
+    row |= {name: summary["outcome"] == name for name in ("solved", "stuck", "collapsed")}
+    row |= dict(mean_return=np.mean([score for _, score in curve[1:]] or [np.nan]), fall=fall([score for _, score in curve]))
+    row |= study.measure(job.folder) if study.measure and summary["status"] == "finished" else {}
+    row |= dict(run=job.run, kit=kit, curve=" ".join(f"{steps}:{score:.1f}" for steps, score in curve))
+    return {name: round(float(x), 4) if isinstance(x, (float, np.floating)) else x for name, x in row.items()}
+
+
+def fall(scores: list[float]) -> float:
+    """How far evaluations, smoothed over three, fell from their running maximum, once that is 100 above the first evaluation."""
+    smooth = np.convolve(scores, np.ones(3) / 3, "valid") if len(scores) >= 3 else np.array(scores)
+    highest = np.maximum.accumulate(smooth)
+    return float(((highest - smooth) * (highest >= scores[0] + 100)).max())
+
+
+def kit_version(script: Path) -> str:
+    """Ten digits that change with the two scripts."""
+    return hashlib.sha256(script.read_bytes() + (ROOT / "world_model.py").read_bytes()).hexdigest()[:10]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a CSV, with numbers, True and False as such; [] if there is none."""
+
+    def value(text: str):
+        if text in ("True", "False", ""):
+            return {"True": True, "False": False, "": None}[text]
+        try:
+            return int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError:
+            return text
+
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        texts = ("arm", "kit")  # also where they look like numbers
+        return [{name: x if name in texts else value(x) for name, x in row.items()} for row in csv.DictReader(file)]
+
+
+def record(path: Path, rows: list[dict]):
+    """Puts rows into a CSV of one row a run, new ones in place of old ones. Several launchers may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = {(row["arm"], row["seed"], row["run"]): row for row in read_rows(path) + rows}
+        names = list(dict.fromkeys(name for row in known.values() for name in row))
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(sorted(known.values(), key=lambda row: (str(row["arm"]), row["seed"])))
+        os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- verdict
+
+
+def values(rows: list[dict], arm: str, what: str) -> np.ndarray:
+    """`what` of each run of an arm. Runs that diverged have no score and count as the worst of all."""
+    found = [row.get(what) for row in rows if row["arm"] == arm]
+    known = [row[what] for row in rows if row.get(what) not in (None, "")]
+    return np.array([min(known, default=np.nan) if x is None else x for x in found], float)
+
+
+def yes_or_no(rows: list[dict], what: str) -> bool:
+    return all(isinstance(row.get(what), bool | None) for row in rows)
+
+
+def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
+    """The verdict, and one row for each declared test: reproduced if all hold, not reproduced if the opposite of one does, both beyond chance."""
+    found = []
+    for test in study.tests:
+        if isinstance(test, Often):
+            x = values(rows, test.arm, test.what)
+            text, size = f"{test.what} in more than {test.share:.0%} of {test.arm}", len(x)
+            if size >= 3:
+                share, low, high = stats.rate(int(x.sum()), size)
+                p, right = stats.share_test(int(x.sum()), size, test.share), share > test.share
+                number = f"{share:.0%} ({low:.0%} to {high:.0%})"
+        else:
+            x, y = values(rows, test.of, test.what), values(rows, test.than, test.what)
+            if test.spread:
+                x, y = (abs(z - np.median(z)) if len(z) else z for z in (x, y))
+            text, size = f"{'more spread of' if test.spread else 'more'} {test.what} in {test.of} than in {test.than}", min(len(x), len(y))
+            if size >= 3 and yes_or_no(rows, test.what):
+                p, right = stats.fisher(int(x.sum()), len(x), int(y.sum()), len(y)), x.mean() > y.mean()
+                number = f"{x.mean():.0%} and {y.mean():.0%}"
+            elif size >= 3:
+                better, low, high, p = stats.improvement(x, y)
+                right, number = better > 0.5, f"probability {better:.2f} ({low:.2f} to {high:.2f})"
+        found.append(
+            dict(test=text, found=number, p=p, right=right)
+            if size >= 3
+            else dict(test=text, found="fewer than three runs", p=1.0, right=False)
+        )
+    for row, p in zip(found, stats.holm([row["p"] for row in found])):
+        row |= dict(p=p, verdict="inconclusive" if p >= 0.05 else "reproduced" if row["right"] else "not reproduced")
+    verdicts = {row["verdict"] for row in found}
+    whole = "not reproduced" if "not reproduced" in verdicts else "reproduced" if verdicts == {"reproduced"} else "inconclusive"
+    return whole, found
+
+
+def spoken(triple: tuple[float, float, float], form: str = ".0f") -> str:
+    value, low, high = triple
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def report(study: Study, rows: list[dict], missing: list[str]) -> list:
+    """What a study found, as sentences and tables that rich can print."""
+    verdict, tests = judge(study, rows)
+    arms = [arm for arm in study.arms if any(row["arm"] == arm for row in rows)]
+    scores = {arm: values(rows, arm, study.metric) for arm in arms}
+    form = ".0f" if max((np.abs(x).max() for x in scores.values()), default=0) >= 20 else ".2f"
+
+    averages = Table("arm", "runs", *stats.AVERAGES, "lowest, highest", "CPU min", title=f"{study.metric}, with 95 % intervals")
+    rates = Table("arm", "solved", "stuck", "hovering", "collapsed", "diverged", title="Shares of runs, with 95 % intervals")
+    for arm, x in scores.items():
+        mine = [row for row in rows if row["arm"] == arm]
+        minutes = np.mean([row["cpu_s"] for row in mine]) / 60
+        middle = [spoken(stats.average(name, x), form) for name in stats.AVERAGES]
+        averages.add_row(arm, str(len(x)), *middle, f"{x.min():{form}}, {x.max():{form}}", f"{minutes:.1f}")
+        hits = [sum(bool(row[name]) for row in mine) for name in ("solved", "stuck", "hovering", "collapsed")]
+        hits.append(sum(row["status"] == "diverged" for row in mine))
+        rates.add_row(arm, *(f"{n}: {spoken(stats.rate(n, len(mine)), '.0%')}" for n in hits))
+
+    first, *others = arms or [""]
+    differences = Table(
+        "arm", "probability of improvement", "p", "solved, p", title=f"Against {first}, p corrected by Holm for the number of arms"
+    )
+    others = [arm for arm in others if min(len(scores[arm]), len(scores[first])) >= 3]
+    better = [stats.improvement(scores[arm], scores[first]) for arm in others]
+    solved = {arm: values(rows, arm, "solved") for arm in arms}
+    exact = [stats.fisher(int(solved[arm].sum()), len(solved[arm]), int(solved[first].sum()), len(solved[first])) for arm in others]
+    for arm, b, p, q in zip(others, better, stats.holm([b[3] for b in better]), stats.holm(exact)):
+        differences.add_row(arm, spoken(b[:3], ".2f"), f"{p:.3f}", f"{q:.3f}")
+
+    declared = Table("declared test", "found", "p", "verdict", title="The claim, p corrected by Holm for the number of tests")
+    for row in tests:
+        declared.add_row(row["test"], row["found"], f"{row['p']:.3f}", row["verdict"])
+    tables = [averages, rates, *([differences] if others else []), declared]
+    for table in tables:
+        table.box, table.title_justify = box.MARKDOWN, "left"
+    missing = [f"\nMissing: {line}" for line in missing]
+    return [f"## {study.name}\n\nQuestion: {study.question}\nClaim: {study.claim}\n", *tables, *missing, f"\n{study.name}: {verdict}"]
+
+
+def check(study: Study, rows: list[dict], reference: list[dict]) -> list:
+    """Do new rows and reference rows of each arm come from the same distribution? A list of things to print."""
+    table = Table(
+        "arm", "runs", "of them equal", study.metric, "p", "solved, p", "", title="New runs against the reference", box=box.MARKDOWN
+    )
+    lines = []
+    for arm in study.arms:
+        (x, new), (y, old) = ((values(some, arm, study.metric), values(some, arm, "solved")) for some in (rows, reference))
+        if min(len(x), len(y)) >= 3:
+            same = {(row["run"], row["seed"], row[study.metric]) for row in rows} & {(row["run"], row["seed"], row[study.metric]) for row in reference if row["arm"] == arm}  # fmt: skip
+            p, q = stats.improvement(x, y)[3], stats.fisher(int(new.sum()), len(new), int(old.sum()), len(old))
+            lines.append((arm, f"{len(x)}, {len(y)}", str(len(same)), f"{x.mean():.4g}, {y.mean():.4g}", p, q))
+    corrected = iter(stats.holm([p for line in lines for p in line[4:]]))
+    for *cells, _, _ in lines:
+        p, q = next(corrected), next(corrected)
+        table.add_row(*cells, f"{p:.3f}", f"{q:.3f}", "differs beyond chance" if min(p, q) < 0.05 else "agrees")
+    return [table] if lines else ["Nothing to compare: an arm needs three new runs and three in ablations/results/."]
+
+
+# ------------------------------------------------------------------------------------------------------------------- picture
+
+
+def draw(study: Study, rows: list[dict], verdict: str, path: Path):
+    """Curves over real steps, scores of each seed, rates of outcomes, performance profiles."""
+    plt = pyplot()
+    figure, ((curves, seeds), (rates, profiles)) = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    arms = [arm for arm in study.arms if any(row["arm"] == arm for row in rows)]
+    colours = {arm: plt.get_cmap("tab10" if len(arms) <= 10 else "tab20")(i % 20) for i, arm in enumerate(arms)}
+    every = np.concatenate([values(rows, arm, study.metric) for arm in arms])
+    taus = np.linspace(every.min(), every.max(), 200)
+    for i, arm in enumerate(arms):
+        mine, colour, x = [row for row in rows if row["arm"] == arm], colours[arm], values(rows, arm, study.metric)
+        paths = [np.array([point.split(":") for point in row["curve"].split()], float) for row in mine if row["curve"]]
+        for path_of_seed in paths:
+            curves.plot(*path_of_seed.T, color=colour, linewidth=0.4, alpha=0.5)
+        steps = paths[0][:, 0] if paths else []
+        same = np.array([p[:, 1] for p in paths if len(p) == len(steps)])
+        if len(same):
+            curves.plot(steps, stats.iqm(same, axis=0), color=colour, linewidth=2, label=arm)
+            curves.fill_between(steps, *stats.bands(same), color=colour, alpha=0.15, linewidth=0)
+        seeds.scatter(np.full(len(x), i) + np.linspace(-0.15, 0.15, len(x)), x, s=12, color=colour)
+        for name, marker, shift in (("mean", "o", 0.25), ("iqm", "s", 0.35)):
+            value, low, high = stats.average(name, x)
+            seeds.plot([i + shift] * 2, [low, high], color=colour)
+            seeds.plot(i + shift, value, marker, color=colour, markeredgecolor="black", label=name if i == 0 else None)
+        for j, name in enumerate(("solved", "stuck", "hovering", "collapsed")):
+            share, low, high = stats.rate(sum(bool(row[name]) for row in mine), len(mine))
+            at = j + (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
+            rates.bar(at, share, 0.7 / len(arms), color=colour)
+            rates.plot([at, at], [low, high], color="black", linewidth=0.8)
+        share, low, high = stats.profile(x, taus)
+        profiles.plot(taus, share, color=colour, label=arm)
+        profiles.fill_between(taus, low, high, color=colour, alpha=0.15, linewidth=0)
+    low, high = np.percentile(np.concatenate([line.get_ydata() for line in curves.lines] or [[0, 1]]), [2, 100])
+    curves.set(title="Return, greedy: IQM, 95 % interval, each seed", xlabel="real steps", ylim=(low - 20, high + 20))
+    seeds.set(title=f"{study.metric}: each seed, mean and IQM", xticks=range(len(arms)))
+    seeds.set_xticklabels(arms, rotation=25, ha="right")
+    rates.set(
+        title="Shares of runs, 95 % intervals", xticks=range(4), xticklabels=("solved", "stuck", "hovering", "collapsed"), ylim=(0, 1)
+    )
+    profiles.set(title="Performance profiles, 95 % intervals", xlabel=study.metric, ylabel="share of runs above")
+    curves.legend(fontsize=8)
+    seeds.legend(fontsize=8)
+    figure.suptitle(f"{study.name}: {verdict}")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------------------- command line
+
+
+def run_study(study: Study):
+    """The command line of a study's page."""
+
+    def command(
+        seeds: Annotated[str, typer.Option(help="Seeds, such as 0-9 or 1,4,7.")] = study.seeds,
+        jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the runs and what they cost.")] = False,
+        smoke: Annotated[bool, typer.Option("--smoke", help="One run an arm, of a minute at most, to see that it works.")] = False,
+        backend: Annotated[Literal["loky", "dask"], typer.Option(help="Worker processes of joblib, or a Dask cluster.")] = "loky",
+        scheduler: Annotated[str, typer.Option(help="Address of the Dask scheduler; without it, a cluster of this machine.")] = "",
+        index: Annotated[Optional[int], typer.Option(min=0, envvar=["SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX"], help="Only the run of this number in --dry-run's table.")] = None,
+        script: Annotated[Path, typer.Option(help="A fork of ppo_mbrl.py to run instead.")] = ROOT / study.script,
+        reuse: Annotated[bool, typer.Option("--reuse", help="Runs whose rows are in ablations/results/ count as finished.")] = False,
+        compare: Annotated[bool, typer.Option("--check", help="Afterwards compare the runs with the rows in ablations/results/.")] = False,
+    ):  # fmt: skip
+        chosen = parse_seeds(seeds)
+        table = expand(study, chosen[:1] if smoke else chosen, script.resolve(), smoke)
+        if index is not None and index >= len(table):
+            raise UsageError(f"--index {index} is too high: there are {len(table)} runs, counted from 0.")
+        raise typer.Exit(carry_out(study, table, index, jobs, dry_run, smoke, backend, scheduler, script.resolve(), reuse, compare))
+
+    command.__doc__ = f"{study.question}\n\nClaim: {study.claim}"
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    run_command(app)
+
+
+def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, script, reuse, compare) -> int:
+    """Runs what is left of a study's table, writes each row at once, and reports. Returns the exit status."""
+    console, folder, kit = Console(), Path("runs", "studies", study.name + "_smoke" * smoke), kit_version(script)
+    if script != ROOT / study.script:
+        folder = folder.with_name(f"{folder.name}_{script.stem}")
+    say = lambda sentence: console.print(sentence, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+    path, jobs = folder / "rows.csv", table if index is None else [table[index]]
+    committed = {}
+    if reuse:  # rows of other studies have the same runs under other names, but not what this one measures
+        files = [RESULTS / f"{study.name}.csv"] if study.measure else RESULTS.glob("*.csv")
+        committed = {(row["run"], row["seed"]): row for file in files for row in read_rows(file) if "run" in row}
+    old = {(job.arm, job.seed): committed[job.run, job.seed] | dict(arm=job.arm) for job in jobs if (job.run, job.seed) in committed}
+    todo = [job for job in jobs if (job.arm, job.seed) not in old]
+    if dry_run:
+        show_plan(study, table, jobs, old, console)
+        return 0
+    if old:
+        record(path, list(old.values()))
+        others = sum(row["kit"] != kit for row in old.values())
+        say(f"{len(old)} rows from ablations/results/" + f", {others} of them of another version of the scripts" * (others > 0))
+
+    stop, caught, missing = folder / f"stop-{os.getpid()}", [], []
+    folder.mkdir(parents=True, exist_ok=True)
+    stop.unlink(missing_ok=True)
+
+    def on_signal(number, frame):  # workers see the file and ask their runs to save and leave
+        caught.append(number)
+        stop.touch()
+        signal.signal(number, signal.SIG_DFL)  # a second time: leave at once
+
+    def ended(job: Job, how: str, words: str):
+        board.ended += 1
+        if how in ("finished", "diverged"):
+            row = describe(study, job, kit)
+            record(path, [row])
+            score = "-" if row["final_return_mean"] is None else f"{row['final_return_mean']:.0f}"
+            live.console.print(f"{board.ended} of {board.total}: {job.arm}, seed {job.seed}: {score}, {row['outcome']}", highlight=False)
+        else:
+            missing.append(f"{job.arm}, seed {job.seed}: {how} {words}".strip())
+            live.console.print(missing[-1], highlight=False, markup=False, soft_wrap=True)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    board = Board(todo, len(old), workers)
+    try:
+        with Live(board if console.is_terminal else "", console=console, refresh_per_second=1, transient=True) as live:
+            if index is None:
+                batch(todo, workers, backend, scheduler, stop, ended)
+            else:
+                for job in todo:
+                    ended(job, *execute(job.command, job.folder, stop))
+    finally:
+        stop.unlink(missing_ok=True)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if caught:
+        say("Stopped; the runs are saved. The same command goes on from there.")
+        return 128 + caught[0]
+    if index is None:
+        now = {(job.arm, job.run) for job in table}
+        rows = [row for row in read_rows(path) if callable(study.arms.get(row["arm"])) or (row["arm"], row["run"]) in now]
+        if rows:
+            conclude(study, rows, missing, folder, console)
+        if compare:
+            for thing in check(study, rows, read_rows(RESULTS / f"{study.name}.csv")):
+                console.print(thing, highlight=False, markup=False)
+    return 1 if missing else 0
+
+
+def conclude(study: Study, rows: list[dict], missing: list[str], folder: Path, console: Console):
+    """Prints the report, and writes it with the picture beside the rows."""
+    with open(folder / "report.md", "w") as file:
+        for target in (console, Console(file=file, width=200)):
+            for thing in report(study, rows, missing):
+                target.print(thing, highlight=False, markup=False) if isinstance(thing, str) else target.print(thing)
+    draw(study, rows, judge(study, rows)[0], folder / "study.png")
+    console.print(f"Rows, report and picture are in {folder}", highlight=False)
+
+
+def show_plan(study: Study, table: list[Job], jobs: list[Job], old: dict, console: Console):
+    """The runs of a study, where they stand, and what is left to pay."""
+    shown, cost, seen = Table("index", "arm", "seed", "command", "state", "CPU min", box=box.SIMPLE), 0.0, set()
+    for i, job in enumerate(table):
+        if job in jobs:
+            state = (
+                "in results"
+                if (job.arm, job.seed) in old
+                else status(job.folder) or ("shared" if job.folder in seen else "begun" if job.folder.exists() else "")
+            )
+            seen.add(job.folder)
+            minutes = 0 if state in ("in results", "finished", "diverged", "shared") else job.minutes
+            cost += minutes
+            words = " ".join(["python", Path(job.command[1]).name, *job.command[2:]])
+            shown.add_row(str(i), job.arm, str(job.seed), words, state, f"{minutes:g}")
+    console.print(f"{study.question}\nClaim: {study.claim}", highlight=False, markup=False)
+    (console if console.is_terminal else Console(width=200)).print(shown)
+    console.print(f"{len(jobs)} runs, about {cost:,.0f} CPU minutes left to run ({cost / 60:.1f} hours)", highlight=False)

@@ -1,0 +1,130 @@
+"""Study: which of the twelve departures of the article's code made it fail?
+
+Its agent got stuck at a return of about 100 and collapsed without warning. Each departure from the textbook (the table in as_published.py) is mended
+alone in the published algorithm, and introduced alone into the textbook's. The two ends have ten seeds, all others five. No test ends a run early, so that
+all are 50 epochs long, about 600,000 real steps. `count` changes no number but the one it names: its arms repeat the two ends, a check on the batch.
+
+Share    what a departure does to the gap between the mean final score as published and 200: what mending it alone closes, what introducing it alone tears open.
+Fall     the largest loss of the data episodes' mean return from one epoch to the next.
+Verdict  A departure causes the local optimum if mending it alone raises the final score or introducing it alone lowers it, and the collapse if they
+         do so to the fall (Mann-Whitney's p < 0.05 after Holm's correction over both ways and all twelve). It is harmless if neither is so and both
+         shares are surely, with 95 %, between -1/4 and 1/4. Else the question is open and wants more seeds. It may help, too.
+
+    python ablations/what_broke_it.py --jobs 2              about 13 core-hours; rows and report in runs/studies/what_broke_it
+    python ablations/what_broke_it.py --seeds 10-14         five more seeds of every arm
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import stats
+from as_published import DEPARTURES
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from run import More, Study, read_rows, run_study, values
+
+from world_model import pyplot
+
+
+def largest_fall(run_dir: Path) -> dict:
+    """How far the mean return of the data episodes fell within one epoch, and what it was in the last five."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    returns = np.array([row["data/return_mean"] for row in rows if "data/return_mean" in row])
+    return dict(fall=float((-np.diff(returns)).max(initial=0)), data_return=float(returns[-5:].mean()))
+
+
+ENDS = dict(published=dict(departures="all"), textbook=dict(departures=""))
+FIXED = {f"fix {name}": dict(departures=",".join(other for other in DEPARTURES if other != name)) for name in DEPARTURES}
+BROKEN = {f"break {name}": dict(departures=name) for name in DEPARTURES}
+
+STUDY = Study(
+    name="what_broke_it",
+    question="Which of the article's twelve departures from the textbook cause its local optimum and its collapses?",
+    claim="With all of them mended the final score is higher and the falls are smaller; mending ratio, replay, endings or scale alone raises the score.",
+    arms=ENDS | FIXED | BROKEN,
+    shared=dict(test_return=1000.0),
+    tests=[
+        More("textbook", "published"),
+        More("published", "textbook", "fall"),
+        *(More(f"fix {name}", "published") for name in ("ratio", "replay", "endings", "scale")),
+    ],
+    minutes=5.5,
+    measure=largest_fall,
+    script="ablations/as_published.py",
+    smoke=dict(epochs=2, dream_steps=300, passes=4, wm_passes=2),
+    skip=lambda arm, seed: arm not in ENDS and 5 <= seed < 10,
+)
+
+
+def shares(rows: list[dict], name: str) -> list[tuple[float, float, float]]:
+    """Share of the gap that mending a departure alone closes, and that introducing it alone tears open: value, low, high of each."""
+    published, textbook, fixed, broken = (values(rows, arm, STUDY.metric) for arm in (*ENDS, f"fix {name}", f"break {name}"))
+
+    def closed(start, end, published, axis=-1):
+        return (end.mean(axis) - start.mean(axis)) / (200 - published.mean(axis))
+
+    def mended(published, fixed, axis=-1):
+        return closed(published, fixed, published, axis)
+
+    both = ((mended, (published, fixed)), (closed, (broken, textbook, published)))
+    return [(float(share(*samples)), *stats.interval(share, *samples)) for share, samples in both]
+
+
+def verdicts(rows: list[dict]) -> list[dict]:
+    """One row a departure: both shares, p of score and fall for both ways, what it causes."""
+    found = [dict(departure=name, shares=shares(rows, name)) for name in DEPARTURES]
+    for what, worse in ((STUDY.metric, -1), ("fall", 1)):
+        ways = [(f"fix {name}", "published", -worse) for name in DEPARTURES] + [(f"break {name}", "textbook", worse) for name in DEPARTURES]
+        tests = [stats.improvement(values(rows, arm, what), values(rows, end, what)) for arm, end, _ in ways]
+        for i, (p, test, (_, _, sign)) in enumerate(zip(stats.holm([test[3] for test in tests]), tests, ways)):
+            blamed = p < 0.05 and (test[0] - 0.5) * sign > 0
+            found[i % len(DEPARTURES)].setdefault(what, []).append((p, blamed))
+    for row in found:
+        causes = [
+            cause for what, cause in ((STUDY.metric, "local optimum"), ("fall", "collapse")) if any(blamed for _, blamed in row[what])
+        ]
+        harmless = all(-0.25 <= low and high <= 0.25 for _, low, high in row["shares"])
+        row["verdict"] = "causes the " + " and the ".join(causes) if causes else "harmless" if harmless else "open"
+    return found
+
+
+def conclude(folder: Path):
+    """The table of verdicts and the picture that tells it at a glance, once every arm has three runs."""
+    rows = read_rows(folder / "rows.csv")
+    if min(len(values(rows, arm, STUDY.metric)) for arm in STUDY.arms) < 3:
+        return
+    found = verdicts(rows)
+    table = Table("departure", "share closed", "share torn open", "p, score", "p, fall", "verdict", box=box.MARKDOWN)
+    for row in found:
+        both = (f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in row["shares"])
+        table.add_row(
+            row["departure"], *both, *(", ".join(f"{p:.3f}" for p, _ in row[what]) for what in (STUDY.metric, "fall")), row["verdict"]
+        )
+    with open(folder / "verdicts.md", "w") as file:
+        for console in (Console(), Console(file=file, width=200)):
+            console.print(table)
+
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
+    for way, (label, marker) in enumerate((("mended alone: closes", "o"), ("introduced alone: tears open", "s"))):
+        value, low, high = np.array([row["shares"][way] for row in found]).T
+        at = np.arange(len(found)) + 0.3 * way - 0.15
+        axis.errorbar(value, at, xerr=abs(np.array([low, high]) - value), fmt=marker, capsize=2, label=label)
+    axis.axvspan(-0.25, 0.25, color="0.92", zorder=0)
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.set(
+        yticks=range(len(found)), yticklabels=[row["departure"] for row in found], xlabel="share of the gap between as published and 200"
+    )
+    axis.invert_yaxis()
+    axis.legend()
+    figure.savefig(folder / "verdicts.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        run_study(STUDY)
+    finally:  # run_study leaves the program
+        conclude(Path("runs", "studies", STUDY.name))

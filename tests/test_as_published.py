@@ -1,0 +1,505 @@
+"""The published algorithm: each switch changes what it names, and with all of them turned the textbook's is left."""
+
+import json
+import math
+import random
+import signal
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from test_runs import counting, fingerprint, flags, in_brief, interrupted_after, rows_of, summary_of
+
+import ppo_mbrl
+import world_model
+from world_model import Rollout
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "ablations"))
+import as_published  # noqa: E402
+import run as runner  # noqa: E402
+import what_broke_it  # noqa: E402
+from as_published import DEPARTURES, Data, Model, Settings, choose, dream  # noqa: E402
+
+TINY = dict(env_id="CartPole-v1", epochs=3, episodes=3, dream_steps=40, passes=2, minibatch=16, wm_passes=2, hidden=8, test_every=2)
+
+
+def command(*words) -> int:
+    """The command line in this process; returns its exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        world_model.run_command(lambda: as_published.app([str(word) for word in words], prog_name="as_published.py"))
+    except SystemExit as leaving:
+        return leaving.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def train(folder, *words, **settings) -> int:
+    return command(*flags(TINY | dict(run_dir=folder) | settings), *words)
+
+
+def all_but(name: str) -> str:
+    return ",".join(other for other in DEPARTURES if other != name)
+
+
+class FakeRun:
+    """What the algorithm asks of a run, without a folder."""
+
+    def __init__(self, departures: str = "all", **settings):
+        self.settings, self.way, self.iteration = Settings(**TINY | dict(departures=departures) | settings), choose(departures), 0
+        self.real_steps = self.imagined_steps = 0
+        self.tick = lambda: None
+
+
+def parts_of(run: FakeRun):
+    """An agent, a model and the data of a few episodes."""
+    torch.manual_seed(0)
+    envs = [gym.make(run.settings.env_id) for _ in range(run.settings.episodes)]
+    agent = ppo_mbrl.Agent(4, 2, 8)
+    data = Data(envs, run.way.replay)
+    data.add(as_published.play_episodes(run, agent, envs, "data"))
+    return agent, Model(4, 2, 8, run.way), data
+
+
+def some_steps(n: int = 50, obs_dim: int = 3) -> Rollout:
+    rng = torch.Generator().manual_seed(1)
+    obs, change = torch.randn(n, obs_dim, generator=rng) * 3, torch.randn(n, obs_dim, generator=rng) / 5
+    ends = torch.rand(n, generator=rng) < 0.2
+    return Rollout(
+        obs, torch.randint(4, (n,), generator=rng), torch.randn(n, generator=rng) * 9, obs + change, ends, torch.zeros_like(ends)
+    )
+
+
+def minibatch(B: int = 64) -> tuple:
+    """obs, actions, old_logprobs, old_values, advantages, returns."""
+    rng = torch.Generator().manual_seed(2)
+    numbers = torch.randn(4, B, generator=rng)
+    return torch.randn(B, 4, generator=rng), torch.randint(2, (B,), generator=rng), -numbers[0].abs(), *numbers[1:]
+
+
+# ------------------------------------------------------------------------------------------------------------ the departures
+
+
+@pytest.mark.parametrize("name", DEPARTURES)
+def test_each_switch_turns_one_departure_and_no_other(name):
+    def turned(one, other):
+        return [key for key in DEPARTURES if getattr(choose(one), key) is not getattr(choose(other), key)]
+
+    assert turned("all", all_but(name)) == [name] == turned("", name)
+    assert turned("all", "") == list(DEPARTURES)
+
+
+@pytest.mark.parametrize("p, old", [(0.5, 0.25), (0.1, 0.9), (1.0, 1e-6)])
+def test_the_published_ratio_is_that_of_probabilities_and_never_beyond_e(p, old):
+    published, textbook = DEPARTURES["ratio"]
+    logprob, old_logprob = torch.tensor(p).log(), torch.tensor(old).log()
+    assert float(published(logprob, old_logprob)) == pytest.approx(math.exp(p - old), rel=1e-5) and math.exp(p - old) <= math.e
+    assert float(textbook(logprob, old_logprob)) == pytest.approx(p / old, rel=1e-5)
+
+
+@pytest.mark.parametrize("departures, uniform_is_better", [("all", False), (all_but("entropy"), True)])
+def test_the_published_loss_falls_with_the_entropy_and_the_textbooks_rises(departures, uniform_is_better):
+    obs, actions, old, values, _, _ = minibatch()
+    losses = []
+    for sharpness in (0.0, 5.0):
+        agent = ppo_mbrl.Agent(4, 2, 8)
+        with torch.no_grad():
+            agent.actor[-1].weight.copy_(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)) * sharpness)
+        same = torch.zeros(len(obs)), agent.value(obs).detach()  # equal advantages and no value error: entropy alone is left
+        losses.append(
+            as_published.ppo_loss(
+                agent.logits(obs), agent.value(obs), actions, old, same[1], *same, Settings(entropy_coef=1), choose(departures)
+            )[0].item()
+        )
+    assert (losses[0] < losses[1]) == uniform_is_better
+
+
+def test_the_published_value_clipping_does_nothing_and_the_textbooks_is_that_of_a_loop():
+    agent, (obs, actions, old, values, advantages, returns) = ppo_mbrl.Agent(4, 2, 8), minibatch()
+    s = Settings(value_clip=0.3, env_id="CartPole-v1")
+    value = agent.value(obs).tolist()
+    loop = 0.0
+    for v, o, r in zip(value, values.tolist(), returns.tolist()):
+        loop += max((v - r) ** 2, (o + min(max(v - o, -0.3), 0.3) - r) ** 2) / len(obs) / 2
+    plain = sum((v - r) ** 2 for v, r in zip(value, returns.tolist())) / len(obs) / 2
+    found = [
+        float(
+            as_published.ppo_loss(agent.logits(obs), agent.value(obs), actions, old, values, advantages, returns, s, choose(d))[1][
+                "ppo/value_loss"
+            ]
+        )
+        for d in ("all", all_but("clip"))
+    ]
+    assert found == pytest.approx([plain, loop], rel=1e-5) and loop > 1.01 * plain
+
+
+@pytest.mark.parametrize("departures, temperature", [("ratio", 2.0), ("ratio,temperature", 1.0)])
+def test_the_published_ratio_forgets_the_temperature_at_which_actions_are_drawn(departures, temperature):
+    agent, (obs, actions, *_) = ppo_mbrl.Agent(4, 2, 8), minibatch()
+    with torch.no_grad():
+        agent.actor[-1].weight.mul_(300)
+        logprobs = agent.logprobs(obs, temperature).gather(-1, actions[:, None])[:, 0]
+    zeros = torch.zeros(len(obs))
+    _, log = as_published.ppo_loss(
+        agent.logits(obs), agent.value(obs), actions, logprobs, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures)
+    )
+    assert abs(float(log["ppo/approx_kl"])) < 1e-6  # no change of policy is seen at the temperature it should have
+    other = agent.logprobs(obs, 3 - temperature).gather(-1, actions[:, None])[:, 0].detach()
+    _, log = as_published.ppo_loss(
+        agent.logits(obs), agent.value(obs), actions, other, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures)
+    )
+    assert float(log["ppo/approx_kl"]) > 1e-3
+
+
+def test_the_published_replay_forgets_all_but_the_newest_episodes():
+    kept = {}
+    for name, keep in zip(("published", "textbook"), DEPARTURES["replay"]):
+        data = Data([gym.make("LunarLander-v3")], keep)
+        for n in (5, 7, 4):
+            steps = some_steps(n, 8)
+            data.add(steps._replace(rewards=torch.full((n,), float(n))))
+        kept[name] = data.steps.rewards.tolist()
+    assert kept["published"] == [4] * 4 and kept["textbook"] == [5] * 5 + [7] * 7 + [4] * 4
+
+
+@pytest.mark.parametrize("departures, steps", [("all", 40), (all_but("endings"), 0)])
+def test_the_published_dream_costs_real_steps_and_the_textbooks_none(departures, steps, monkeypatch):
+    run = FakeRun(departures)
+    parts = parts_of(run)
+    count, run.real_steps = counting(monkeypatch), 0
+    rollout, _ = dream(run, *parts)
+    assert count["steps"] == steps == run.real_steps and run.imagined_steps == 40 == len(rollout.obs)
+
+
+def test_the_published_dream_ends_where_the_real_environment_does_and_the_textbooks_where_the_model_says_so():
+    for logit, share in ((-50.0, 0.0), (50.0, 1.0)):
+        found = []
+        for departures in ("all", all_but("endings")):
+            run = FakeRun(departures, dream_steps=200)
+            agent, model, data = parts_of(run)
+            if departures != "all":
+                with torch.no_grad():
+                    model.net[-1].bias[-1] = logit
+            found.append(float(dream(run, agent, model, data)[0].terminated.float().mean()))
+        assert 0.005 < found[0] < 0.2 and found[1] == share
+
+
+@pytest.mark.parametrize("departures, stale", [("all", True), (all_but("realign"), False), ("", False), ("realign", True)])
+def test_the_published_re_alignment_goes_back_to_the_old_episode_after_an_ending(departures, stale):
+    run = FakeRun(departures, dream_steps=300, realign=1)
+    agent, model, data = parts_of(run)
+    if "endings" not in departures and departures != "all":
+        with torch.no_grad():
+            model.net[-1].bias[-1] = -2.0  # one imagined step in eight ends
+    rollout, acted = dream(run, agent, model, data)
+    ends = rollout.terminated[:-1, 0].nonzero()[:, 0]
+    assert len(ends) > 5 and not torch.equal(rollout.obs[ends], acted[ends + 1])
+    assert torch.equal(rollout.obs[ends + 1], rollout.obs[ends] if stale else acted[ends + 1])
+
+
+def test_a_dream_that_is_always_re_aligned_is_reality(monkeypatch):
+    seen, step = [], CartPoleEnv.step
+    monkeypatch.setattr(CartPoleEnv, "step", lambda self, action: seen.append((action, step(self, action))) or seen[-1][1])
+    run = FakeRun(all_but("realign"), dream_steps=100, realign=1)
+    parts = parts_of(run)
+    seen.clear()
+    rollout, _ = dream(run, *parts)
+    actions, steps = zip(*seen)
+    assert rollout.actions[:, 0].tolist() == list(actions)
+    for name, i in (("next_obs", 0), ("rewards", 1), ("terminated", 2)):
+        np.testing.assert_array_equal(getattr(rollout, name)[:, 0].numpy(), np.array([s[i] for s in steps], dtype=np.float32))
+
+
+def test_a_published_time_out_is_worth_nothing_and_the_textbooks_its_future():
+    rollout = Rollout(*(torch.zeros(1, 1),) * 4, torch.tensor([[False]]), torch.tensor([[True]]))
+    published, textbook = (
+        ppo_mbrl.compute_gae(way(rollout), torch.zeros(1, 1), torch.tensor([[10.0]]), 0.9, 0.95) for way in DEPARTURES["timeout"]
+    )
+    assert float(published[1]) == 0 and float(textbook[1]) == pytest.approx(9)
+
+
+def test_the_published_action_is_one_number_and_the_textbooks_one_hot():
+    published, textbook = (way(torch.tensor([3, 0]), 4).tolist() for way in DEPARTURES["action"])
+    assert published == [[3.0], [0.0]] and textbook == [[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
+
+
+def test_both_scales_get_back_what_they_were_told():
+    steps = some_steps()
+    for way in DEPARTURES["scale"]:
+        scale = way(3)
+        target = scale.target(steps.obs, steps.next_obs, steps.rewards)
+        scale.fit(steps.obs, target)
+        perfect = target if way is as_published.Raw else torch.cat([scale.target_scale(target), torch.zeros_like(target)], -1)
+        predicted = scale.predict(perfect, steps.obs, noise=0)
+        torch.testing.assert_close(predicted, torch.cat([steps.next_obs, steps.rewards[:, None]], -1), atol=1e-4, rtol=1e-4)
+        inputs = scale.inputs(steps.obs)
+        assert torch.allclose(inputs.std(0, correction=0), torch.ones(3), atol=1e-5) == (way is as_published.Normalised)
+
+
+def test_the_published_samples_are_imagined_steps_and_the_textbooks_real_ones(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    for words, name in (((), "imagined_steps"), (("--fix", "count"), "real_steps")):
+        assert train(tmp_path / name, *words, epochs=2) == 0
+        last = rows_of(tmp_path / name)[-1]
+        assert last["samples"] == last[name] and last["imagined_steps"] == 80 < last["real_steps"]
+
+
+def test_published_gradients_are_clipped_one_by_one_and_the_textbooks_by_their_norm():
+    found = []
+    for way in DEPARTURES["gradients"]:
+        x = torch.nn.Parameter(torch.zeros(3))
+        x.grad = torch.tensor([3.0, -4.0, 0.1])
+        way([x], 0.5)
+        found.append(x.grad.tolist())
+    norm = math.sqrt(9 + 16 + 0.01)
+    assert found[0] == pytest.approx([0.5, -0.5, 0.1]) and found[1] == pytest.approx([1.5 / norm, -2 / norm, 0.05 / norm], rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- the textbook
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_with_all_departures_mended_an_update_is_that_of_the_pair(temperature):
+    s = dict(gamma=0.97, gae_lambda=0.9, clip=0.15, minibatch=16, entropy_coef=0.02, temperature=temperature)
+    ours, pairs = (
+        Settings(passes=3, value_clip=1e6, max_grad=0.3, value_coef=0.7, **s),
+        ppo_mbrl.Settings(epochs=3, max_grad_norm=0.3, value_coef=0.7, **s),
+    )
+    T, rng = 50, torch.Generator().manual_seed(5)
+    obs, next_obs = torch.randn(2, T, 2, 4, generator=rng)
+    flags = torch.rand(2, T, 2, generator=rng) < 0.1
+    obs, next_obs, rewards = obs.double(), next_obs.double(), torch.randn(T, 2, generator=rng).double()
+    rollout = Rollout(obs, torch.randint(2, (T, 2), generator=rng), rewards, next_obs, flags[0], flags[1] & ~flags[0])
+    agents, logs = [], []
+    for textbook in (True, False):
+        torch.manual_seed(3)
+        agent = ppo_mbrl.Agent(4, 2, 8).double()
+        flat = [as_published.flatten(net) for net in (agent.actor, agent.critic)] if textbook else agent.parameters()
+        optimizer = torch.optim.Adam(flat, lr=1e-2, fused=True)
+        if textbook:
+            logs.append(as_published.ppo_update(agent, flat, optimizer, rollout, rollout.obs, ours, choose(""))[0])
+        else:
+            logs.append(ppo_mbrl.ppo_update(agent, optimizer, rollout, pairs, temperature))
+        agents.append(agent.state_dict())
+    for name in agents[0]:
+        torch.testing.assert_close(agents[0][name], agents[1][name], rtol=1e-9, atol=1e-9)
+    assert {name: logs[0][name] for name in logs[1]} == pytest.approx(logs[1], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ratio", "entropy", "clip", "temperature", "timeout", "gradients"])
+def test_each_departure_of_ppo_changes_the_update(name):
+    T, rng = 50, torch.Generator().manual_seed(5)
+    obs, next_obs = torch.randn(2, T, 1, 4, generator=rng)
+    flags = torch.rand(2, T, 1, generator=rng) < 0.1
+    rollout = Rollout(
+        obs, torch.randint(2, (T, 1), generator=rng), torch.randn(T, 1, generator=rng) * 30, next_obs, flags[0], flags[1] & ~flags[0]
+    )
+    updated = []
+    for departures in ("", name):
+        torch.manual_seed(3)
+        agent = ppo_mbrl.Agent(4, 2, 8)
+        flat = [as_published.flatten(agent.actor), as_published.flatten(agent.critic)]
+        optimizer = torch.optim.Adam(flat, lr=3e-2)
+        as_published.ppo_update(
+            agent, flat, optimizer, rollout, rollout.obs, Settings(passes=3, minibatch=16, entropy_coef=0.1), choose(departures)
+        )
+        updated.append(torch.cat([p.flatten() for p in agent.parameters()]))
+    assert not torch.equal(*updated)
+
+
+@pytest.mark.parametrize("departures", ["all", all_but("scale"), all_but("endings"), ""])
+def test_backpropagation_by_hand_is_autograds(departures):
+    steps, way = some_steps(), choose(departures)
+    model = Model(3, 4, 8, way)
+    target = model.scale.target(steps.obs, steps.next_obs, steps.rewards)
+    model.scale.fit(steps.obs, target)
+    inputs, ends = model.inputs(steps.obs, steps.actions), steps.terminated[:, None].float()
+    loss = model.backpropagate(inputs, target, ends)
+    by_hand = model.flat[0].grad
+
+    output = model.net(inputs)
+    if way.scale is as_published.Raw:
+        expected = torch.nn.functional.l1_loss(output[:, :4], target)
+    else:
+        normal = torch.distributions.Normal(output[:, :4], (output[:, 4:8] / 2).exp())
+        normalised = (target - target.mean(0)) / target.std(0, correction=0)
+        expected = -normal.log_prob(normalised).mean() - math.log(2 * math.pi) / 2
+    if way.endings is as_published.Imagined:
+        p = output[:, -1:].sigmoid()
+        expected = expected - (ends * p.log() + (1 - ends) * (1 - p).log()).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    autograds = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(model.parameters()))])
+    torch.testing.assert_close(by_hand, autograds, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("departures", ["all", ""])
+def test_a_model_learns_a_linear_environment(departures):
+    run = FakeRun(departures, hidden=32, wm_batch=32)
+    rng = torch.Generator().manual_seed(0)
+    obs, actions = torch.randn(2000, 3, generator=rng), torch.randint(2, (2000,), generator=rng)
+    next_obs = obs + 0.1 * obs.roll(1, -1) + 0.2 * actions[:, None]
+    never = torch.zeros(2000, dtype=torch.bool)
+    steps = Rollout(obs, actions, obs.sum(-1), next_obs, never, never)
+    torch.manual_seed(0)
+    model = Model(3, 2, 32, run.way)
+    optimizer = torch.optim.Adam(model.flat, 3e-3, fused=True)
+    as_published.fit(run, model, optimizer, steps, 1500)
+    found, reward, _ = model.imagine(obs, actions, noise=0)
+    unexplained = (found - next_obs).square().mean(0) / (next_obs - obs).var(0)
+    assert unexplained.max() < 0.25 and float((reward - steps.rewards).square().mean()) < 0.05 * float(steps.rewards.var())
+
+
+# --------------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("words", [(), ("--fix", "endings"), ("--fix", "all")])
+def test_every_real_step_is_counted(words, tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    count = counting(monkeypatch)
+    assert train(tmp_path, *words) == 0
+    rows = rows_of(tmp_path)
+    assert summary_of(tmp_path)["real_steps"] == count["steps"] == rows[-1]["real_steps"] > sum(row.get("data/steps", 0) for row in rows)
+
+
+@pytest.mark.parametrize("words", [(), ("--fix", "all"), ("--break", "ratio,replay")])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(words, tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    finish, during = ppo_mbrl.Run.finish, []
+    with monkeypatch.context() as patch:
+        left = interrupted_after(patch, 10**9)
+        patch.setattr(ppo_mbrl.Run, "finish", lambda run: during.append(10**9 - left[0]) or finish(run))
+        assert train(tmp_path / "whole", *words) == 0
+    rng, interruptions = random.Random(0), 0
+    for share in (2, 1.5, 3):
+        with monkeypatch.context() as patch:
+            interrupted_after(patch, rng.randrange(during[0] // 4, int(during[0] / share)))
+            interruptions += train(tmp_path / "torn", *words) == 128 + signal.SIGTERM
+    assert train(tmp_path / "torn", *words) == 0 and interruptions >= 2
+    assert fingerprint(tmp_path / "torn") == fingerprint(tmp_path / "whole")
+
+
+def test_a_lander_interrupted_after_an_epoch_goes_on_bit_by_bit(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    settings = dict(env_id="LunarLander-v3", epochs=2, dream_steps=150)
+    assert train(tmp_path / "whole", **settings) == 0
+    assert train(tmp_path / "torn", **settings | dict(epochs=1)) == 0
+    assert train(tmp_path / "torn", **settings) == 0
+    (sha, rows, summary), (torn_sha, torn_rows, torn_summary) = (fingerprint(tmp_path / name) for name in ("whole", "torn"))
+    assert sha == torn_sha and summary["real_steps"] == torn_summary["real_steps"]
+    assert [row["data/return_mean"] for row in rows[1:]] == [row["data/return_mean"] for row in torn_rows[1:]]
+
+
+def test_a_test_above_the_limit_ends_the_run_for_good(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path, test_return=-1) == 0
+    assert [row["iteration"] for row in rows_of(tmp_path)] == [0, 1, 2] and rows_of(tmp_path)[-1]["test/return_mean"] > -1
+    capsys.readouterr()
+    assert train(tmp_path, test_return=-1) == 0 and "finished already" in capsys.readouterr().out
+
+
+def test_the_returns_of_data_episodes_are_those_of_the_environment(monkeypatch):
+    returns, reset, step = [], CartPoleEnv.reset, CartPoleEnv.step
+    monkeypatch.setattr(
+        CartPoleEnv,
+        "reset",
+        lambda self, *, seed=None, options=None: (
+            returns.append(0.0) or vars(self).update(number=len(returns) - 1) or reset(self, seed=seed, options=options)
+        ),
+    )
+
+    def counted(self, action):
+        result = step(self, action)
+        returns[self.number] += result[1]
+        return result
+
+    monkeypatch.setattr(CartPoleEnv, "step", counted)
+    run = FakeRun(episodes=5)
+    _, _, data = parts_of(run)
+    assert len(returns) == 5 and as_published.mean_return(data.steps) == pytest.approx(np.mean(returns))
+    assert len(data) == sum(returns) and len(data.first()) == 5 and (data.first().abs() <= 0.05).all()
+
+
+def test_fix_begins_with_the_published_algorithm_and_break_with_the_textbooks(tmp_path, monkeypatch):
+    monkeypatch.setattr(as_published, "carry_out", lambda run, loop: found.append(run.settings.departures))
+    found = []
+    for i, words in enumerate(
+        [(), ("--fix", "ratio", "--fix", "replay, clip"), ("--fix", "all"), ("--break", "timeout,ratio"), ("--break", "all")]
+    ):
+        assert train(tmp_path / str(i), *words) == 0
+    some = ",".join(name for name in DEPARTURES if name not in ("ratio", "replay", "clip"))
+    assert found == ["all", some, "", "ratio,timeout", "all"]
+
+
+def test_a_run_is_named_after_its_departures():
+    named = {departures: Settings(departures=departures).folder().parent.name for departures in ("all", "", "ratio", all_but("scale"))}
+    assert list(named.values()) == ["as_published", "textbook", "break=ratio", "fix=scale"]
+    assert Settings(clip=0.2, seed=3).folder() == Path("runs/LunarLander-v3/as_published_clip=0.2/seed_3")
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--fix", "gravity"], "'gravity' is no departure; there are ratio, entropy,"),
+        (["--break", "ratio,ratios"], "'ratios' is no departure"),
+        (["--fix", "ratio", "--break", "clip"], "give one of the three"),
+        (["--env-id", "Pendulum-v1"], "does not fit"),
+        (["--epochs", "0"], "between 1 and"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_status_2(words, part, tmp_path, capsys):
+    assert command("--run-dir", tmp_path / "run", *words) == 2
+    printed = capsys.readouterr()
+    assert part in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_the_policy_can_be_evaluated_like_that_of_any_run(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    assert train(tmp_path) == 0
+    settings, act = ppo_mbrl.load_policy(tmp_path)
+    assert ppo_mbrl.play(act, settings.env_id, 2, 20_000).returns.mean() == summary_of(tmp_path)["final_return_mean"]
+    assert json.loads((tmp_path / "config.json").read_text())["departures"] == "all"
+
+
+# ---------------------------------------------------------------------------------------------------------------- the study
+
+
+def made_up_rows() -> list[dict]:
+    """As published 20, the textbook 220; `ratio` alone costs 150 points, `scale` alone adds 100 to the largest fall, `action` is noise."""
+    rng, rows = np.random.default_rng(0), []
+    for seed in range(10):
+        for arm, chosen in what_broke_it.STUDY.arms.items():
+            on = as_published.names(chosen["departures"])
+            score, fall = 220 - 150 * ("ratio" in on) - 50 * (len(on) > 6), 20 + 100 * ("scale" in on)
+            wide = 200 if "action" in arm else 3
+            rows.append(dict(arm=arm, seed=seed, run=arm, final_return_mean=score + wide * rng.normal(), fall=fall + rng.normal()))
+    return rows
+
+
+def test_the_study_finds_who_did_it_in_made_up_runs(tmp_path):
+    found = {row["departure"]: row for row in what_broke_it.verdicts(made_up_rows())}
+    assert {name: row["verdict"] for name, row in found.items()} == dict.fromkeys(DEPARTURES, "harmless") | dict(
+        ratio="causes the local optimum", scale="causes the collapse", action="open"
+    )
+    for value, low, high in found["ratio"]["shares"]:
+        assert low - 0.02 < 150 / 180 < high + 0.02 and value == pytest.approx(150 / 180, abs=0.05)
+
+    runner.record(tmp_path / "rows.csv", made_up_rows())
+    what_broke_it.conclude(tmp_path)
+    assert (tmp_path / "verdicts.md").read_text().count("harmless") == 9 and (tmp_path / "verdicts.png").stat().st_size > 10_000
+
+
+def test_the_study_has_26_arms_of_five_seeds_and_ten_of_its_ends():
+    jobs = runner.expand(what_broke_it.STUDY, list(range(10)), as_published_script())
+    seeds = {arm: sorted(job.seed for job in jobs if job.arm == arm) for arm in what_broke_it.STUDY.arms}
+    assert len(seeds) == 26 and len({job.folder for job in jobs}) == len(jobs) == 2 * 10 + 24 * 5
+    assert all(found == list(range(10 if arm in ("published", "textbook") else 5)) for arm, found in seeds.items())
+
+
+def as_published_script() -> Path:
+    return Path(as_published.__file__).resolve()

@@ -1,0 +1,250 @@
+"""Studies: what the runner does with runs that finish, crash, are killed, or are wanted twice; and whether its statistics tell the truth."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "ablations"))
+import run  # noqa: E402
+from run import More, Study  # noqa: E402
+
+from world_model import UsageError  # noqa: E402
+
+# A run without learning: it works for --gamma seconds, crashes as --lr says, and scores --hidden plus its seed.
+FAKE = '''
+import json, os, signal, sys, time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+@dataclass
+class Settings:
+    mode: str = "simple"
+    seed: int = 0
+    hidden: int = 0
+    gamma: float = 0.0
+    lr: float = 0.0
+    total_steps: int = 100
+    eval_every: int = 50
+    rounds: int = 1
+    wm_updates: int = 1
+    wm_first_updates: int = 1
+
+    @classmethod
+    def resolve(cls, given):
+        return cls(**given)
+
+    def folder(self):
+        name = "_".join(["simple"] + [f"{n}={x}" for n, x in asdict(self).items() if n in ("hidden", "gamma", "lr") and x])
+        return Path("runs", "Fake-v0", name, f"seed_{self.seed}")
+
+if __name__ == "__main__":
+    words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    folder, seed, crash = Path(words["--run-dir"]), int(words["--seed"]), float(words.get("--lr", 0))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "calls", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    calls = len((folder / "calls").read_text().splitlines())
+    def save(*_):
+        (folder / "saved").write_text("")
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, save)
+    if crash == 2 and seed == 1:
+        sys.exit("Error: it is always wrong")
+    time.sleep(float(words.get("--gamma", 0)))
+    if crash == 1 and calls == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    score = float(words.get("--hidden", 0)) + seed
+    rows = [{"real_steps": s, "eval/return_mean": score * s / 100} for s in (0, 50, 100)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    summary = dict(env_id="Fake-v0", real_steps=100, imagined_steps=0, steps_to_solve=None, final_return_mean=score, final_return_std=1.0, peak_return_mean=score,
+                   outcome="solved" if score >= 200 else "other", hovering=False, cpu_s=1.0, wall_s=1.0, status="diverged" if crash == 3 else "finished")
+    if crash == 3:
+        summary["final_return_mean"] = None
+    (folder / "summary.json").write_text(json.dumps(summary))
+    sys.exit(3 if crash == 3 else 0)
+'''  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.py").write_text(FAKE)
+    return tmp_path / "fake.py"
+
+
+def study(arms=None, **more) -> Study:
+    arms = arms or dict(low=dict(hidden=100), high=dict(hidden=300))
+    return Study("made_up", "Which is higher?", "The high one.", arms, [More("high", "low")], **more)
+
+
+def batch(s: Study, script: Path, seeds="0-2", index=None, workers=2, **more) -> int:
+    options = dict(dry_run=False, smoke=False, backend="loky", scheduler="", reuse=False, compare=False) | more
+    return run.carry_out(s, run.expand(s, run.parse_seeds(seeds), script), index, workers, script=script, **options)
+
+
+def rows(s: Study) -> list[dict]:
+    return run.read_rows(Path("runs/studies", f"{s.name}_fake", "rows.csv"))
+
+
+def calls() -> list[int]:
+    """How often each run was begun."""
+    return [len(path.read_text().splitlines()) for path in sorted(Path("runs").rglob("calls"))]
+
+
+# --------------------------------------------------------------------------------------------------------------- the runner
+
+
+def test_a_batch_runs_each_seed_of_each_arm_once_and_a_second_one_runs_nothing(script, capsys):
+    assert batch(study(), script) == 0 and calls() == [1] * 6
+    assert [(row["arm"], row["seed"], row["final_return_mean"]) for row in rows(study())] == [
+        (arm, seed, score + seed) for arm, score in (("high", 300), ("low", 100)) for seed in range(3)
+    ]
+    assert batch(study(), script) == 0 and calls() == [1] * 6
+    assert batch(study(), script, seeds="1-4") == 0 and calls() == [1] * 10 and len(rows(study())) == 10
+    said = capsys.readouterr().out
+    assert "made_up: reproduced" in said
+    assert (Path("runs/studies/made_up_fake") / "study.png").stat().st_size > 10_000
+
+
+def test_studies_share_identical_runs_and_keep_runs_of_other_lengths_apart(script):
+    other = study(dict(another_name=dict(hidden=100), longer=dict(hidden=100, total_steps=200)))
+    batch(study(), script, seeds="0")
+    batch(other, script, seeds="0")
+    assert calls() == [1] * 3
+    one, two = (job.run for job in run.expand(other, [0], script))
+    assert one != two and one == run.expand(study(), [0], script)[0].run
+
+
+def test_a_run_that_crashes_is_tried_once_more_and_then_reported(script, capsys):
+    assert batch(study(dict(killed=dict(lr=1))), script, seeds="0") == 0 and calls() == [2]  # killed -9, fine the second time
+    assert batch(study(dict(wrong=dict(lr=2))), script, seeds="0-2") == 1
+    assert calls() == [2, 1, 2, 1] and {row["seed"] for row in rows(study(dict(wrong=dict(lr=2))))} == {0, 2}
+    said = capsys.readouterr().out
+    assert "wrong, seed 1: crashed exit 1: Error: it is always wrong" in said and "Missing: wrong, seed 1" in said
+
+
+def test_a_run_that_diverged_counts_as_the_worst_and_is_not_run_again(script):
+    s = study(dict(low=dict(hidden=100), high=dict(lr=3, hidden=300)))
+    assert batch(s, script) == 0 and batch(s, script) == 0 and calls() == [1] * 6
+    assert run.values(rows(s), "high", "final_return_mean").tolist() == [100] * 3
+    assert run.judge(s, rows(s))[0] != "reproduced"
+
+
+def test_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(script):
+    s = study(dict(slow=dict(gamma=0.4)))
+
+    def murderer():
+        for _ in range(3):
+            time.sleep(0.7)
+            # workers are the parents of runs
+            pids = [
+                int(path.read_text().split()[-1]) for path in Path("runs").rglob("calls") if not (path.parent / "summary.json").exists()
+            ]
+            for pid in pids[:1]:
+                with contextlib.suppress(OSError):
+                    parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                    if parent not in (os.getpid(), 1):
+                        os.kill(parent, signal.SIGKILL)
+                        killed.append(parent)
+
+    killed = []
+    thread = threading.Thread(target=murderer)
+    thread.start()
+    assert batch(s, script, seeds="0-11") == 0
+    thread.join()
+    assert killed and len(rows(s)) == 12 and batch(s, script, seeds="0-11") == 0 and max(calls()) <= 1 + len(killed)
+
+
+PAGE = """
+import sys
+sys.path[:0] = [{ablations!r}]
+from run import More, Study, run_study
+run_study(Study("made_up", "Which is higher?", "The high one.", {arms!r}, [More("high", "low")]))
+"""
+
+
+def page(tmp_path: Path, arms=None) -> list[str]:
+    path = tmp_path / "made_up.py"
+    path.write_text(PAGE.format(ablations=str(ROOT / "ablations"), arms=arms or dict(low=dict(hidden=100), high=dict(hidden=300))))
+    return [sys.executable, str(path), "--script", "fake.py"]
+
+
+def test_two_launchers_at_once_do_nothing_twice(script, tmp_path):
+    command = [*page(tmp_path, dict(low=dict(gamma=0.3), high=dict(gamma=0.3, hidden=300))), "--seeds", "0-4"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [launcher.communicate(timeout=120)[0] for launcher in both]
+    assert [launcher.returncode for launcher in both] == [0, 0], said
+    assert calls() == [1] * 10 and len(rows(study())) == 10 and all("10 of 10" in words for words in said)
+
+
+def test_stopping_a_batch_lets_its_runs_save_and_the_next_one_goes_on(script, tmp_path):
+    command = [*page(tmp_path, dict(low=dict(gamma=4), high=dict(gamma=4, hidden=300))), "--seeds", "0-9"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not calls():
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=10)[0]
+    assert launcher.returncode == 143 and "The same command goes on from there" in said
+    assert len(list(Path("runs").rglob("saved"))) == len(calls()) <= 2 and not list(Path("runs/studies").rglob("stop-*"))
+
+
+def test_another_process_in_a_run_is_waited_for(script):
+    s = study(dict(low=dict(hidden=100)))
+    (job,) = run.expand(s, [0], script)
+    job.folder.parent.mkdir(parents=True)
+    with open(f"{job.folder}.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert run.execute(job.command, job.folder, Path("stop"), wait=False) == ("busy", "")
+        threading.Timer(1, log.close).start()
+        assert run.execute(job.command, job.folder, Path("stop"))[0] == "finished"
+
+
+def test_an_array_index_runs_that_run_alone(script, tmp_path):
+    command = page(tmp_path)
+    for name, i in (("SLURM_ARRAY_TASK_ID", 3), ("JOB_COMPLETION_INDEX", 0)):
+        done = subprocess.run([*command, "--seeds", "0-1"], env=os.environ | {name: str(i)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert [(row["arm"], row["seed"]) for row in rows(study())] == [("high", 1), ("low", 0)]
+    with pytest.raises(UsageError, match="unknown setting 'wm_target'"):
+        run.expand(study(dict(low=dict(wm_target="ode"))), [0], script)
+    for words, part in ((["--index", "4"], "too high"), (["--seeds", "9-0"], "neither a range"), (["--seeds", "-1"], "neither"), (["--script", "made_up.py", "--seeds", "0,x"], "neither")):  # fmt: skip
+        done = subprocess.run([*command, "--seeds", "0-1", *words], capture_output=True, text=True)
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(script, capsys):
+    batch(study(minutes=dict(low=2.0, high=10.0)), script, seeds="0")
+    assert batch(study(minutes=dict(low=2.0, high=10.0)), script, seeds="0-1", dry_run=True) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert calls() == [1] * 2 and "4 runs, about 12 CPU minutes left" in said and "--hidden 300 --seed 1" in said and "finished" in said
+
+
+def test_committed_rows_count_as_finished_where_that_is_asked_for(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    batch(study(), script)
+    run.record(tmp_path / "results" / "made_up.csv", rows(study()))
+    os.rename("runs", "elsewhere")  # a fresh machine
+    assert batch(study(), script, seeds="0-3", reuse=True) == 0 and calls() == [1] * 2 and len(rows(study())) == 8
+    assert "made_up: reproduced" in capsys.readouterr().out
+
+
+def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    batch(study(), script, seeds="0-9")
+    reference = rows(study())
+    run.record(
+        tmp_path / "results" / "made_up.csv",
+        [row | dict(final_return_mean=row["final_return_mean"] + 50 * (row["arm"] == "high")) for row in reference],
+    )
+    batch(study(), script, seeds="0-9", compare=True)
+    high, low = sorted(line for line in capsys.readouterr().out.splitlines() if "agrees" in line or "differs" in line)
+    assert high.startswith("| high") and "differs beyond chance" in high and low.startswith("| low") and "agrees" in low
