@@ -25,10 +25,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
+import cloudpickle  # what joblib and Dask send work with
 import numpy as np
 import typer
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals import cloudpickle
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from rich import box
 from rich.console import Console, Group
@@ -248,14 +248,12 @@ def connect(scheduler: str, workers: int):
     """A Dask cluster at an address, or one of this machine."""
     try:
         import distributed
-        from distributed.protocol.pickle import cloudpickle  # not joblib's
     except ImportError:
         raise UsageError("--backend dask needs one more package: pip install distributed==2026.8.0")
     try:
         distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
     except (OSError, ValueError) as error:
         raise UsageError(f"No Dask scheduler answers at {scheduler}: {error}.")
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Board:
@@ -615,14 +613,19 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
             conclude(study, rows, missing, folder, console)
         if compare:
             for thing in check(study, rows, read_rows(RESULTS / f"{study.name}.csv")):
-                console.print(thing, highlight=False, markup=False)
+                wide(console).print(thing)
     return 1 if missing else 0
+
+
+def wide(console: Console) -> Console:
+    """Tables that go to a file or pipe are never folded."""
+    return console if console.is_terminal else Console(width=200)
 
 
 def conclude(study: Study, rows: list[dict], missing: list[str], folder: Path, console: Console):
     """Prints the report, and writes it with the picture beside the rows."""
     with open(folder / "report.md", "w") as file:
-        for target in (console, Console(file=file, width=200)):
+        for target in (wide(console), Console(file=file, width=200)):
             for thing in report(study, rows, missing):
                 target.print(thing, highlight=False, markup=False) if isinstance(thing, str) else target.print(thing)
     draw(study, rows, judge(study, rows)[0], folder / "study.png")
@@ -645,5 +648,5 @@ def show_plan(study: Study, table: list[Job], jobs: list[Job], old: dict, consol
             words = " ".join(["python", Path(job.command[1]).name, *job.command[2:]])
             shown.add_row(str(i), job.arm, str(job.seed), words, state, f"{minutes:g}")
     console.print(f"{study.question}\nClaim: {study.claim}", highlight=False, markup=False)
-    (console if console.is_terminal else Console(width=200)).print(shown)
+    wide(console).print(shown)
     console.print(f"{len(jobs)} runs, about {cost:,.0f} CPU minutes left to run ({cost / 60:.1f} hours)", highlight=False)
