@@ -409,7 +409,7 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
 
 def spoken(triple: tuple[float, float, float], form: str = ".0f") -> str:
     value, low, high = triple
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+    return f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if np.isfinite(low) else "")
 
 
 def report(study: Study, rows: list[dict], missing: list[str]) -> list:

@@ -303,7 +303,7 @@ def test_each_kind_of_declared_test_finds_what_was_put_in():
 
 
 def test_a_fall_is_measured_as_the_contract_defines_a_collapse():
-    assert run.fall([-200, -200, -200, 100, 100, 100, -100, -100, -100]) == 200
+    assert run.fall([-200, -200, -200, 100, 100, 100, -100, -100, -100]) == pytest.approx(200)
     assert run.fall([0, 0, 0, 50, 50, 50, -300, -300, -300]) == 0  # it never rose by 100
 
 
@@ -340,7 +340,7 @@ def test_exact_statistics_on_data_whose_answer_is_known():
     assert stats.improvement(np.arange(3.0), np.arange(3.0) + 10)[::3] == pytest.approx((0, 2 / 20))
 
 
-@pytest.mark.parametrize("studies", [300, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("studies", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_intervals_cover_and_verdicts_are_rarely_false(studies, capsys):
     """Made-up studies of three arms with ten seeds each, scores as such runs have them: some stuck near 0, most near 250; no arm is better."""
     rng, covered, false = np.random.default_rng(0), 0, 0
