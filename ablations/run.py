@@ -412,7 +412,7 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
 
 def spoken(triple: tuple[float, float, float], form: str = ".0f") -> str:
     value, low, high = triple
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+    return f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if np.isfinite(low) else "")
 
 
 def report(study: Study, rows: list[dict], missing: list[str]) -> list:
@@ -616,14 +616,19 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
             conclude(study, rows, missing, folder, console)
         if compare:
             for thing in check(study, rows, read_rows(RESULTS / f"{study.name}.csv")):
-                console.print(thing, highlight=False, markup=False)
+                wide(console).print(thing)
     return 1 if missing else 0
+
+
+def wide(console: Console) -> Console:
+    """Tables that go to a file or pipe are never folded."""
+    return console if console.is_terminal else Console(width=200)
 
 
 def conclude(study: Study, rows: list[dict], missing: list[str], folder: Path, console: Console):
     """Prints the report, and writes it with the picture beside the rows."""
     with open(folder / "report.md", "w") as file:
-        for target in (console, Console(file=file, width=200)):
+        for target in (wide(console), Console(file=file, width=200)):
             for thing in report(study, rows, missing):
                 target.print(thing, highlight=False, markup=False) if isinstance(thing, str) else target.print(thing)
     draw(study, rows, judge(study, rows)[0], folder / "study.png")
@@ -646,5 +651,5 @@ def show_plan(study: Study, table: list[Job], jobs: list[Job], old: dict, consol
             words = " ".join(["python", Path(job.command[1]).name, *job.command[2:]])
             shown.add_row(str(i), job.arm, str(job.seed), words, state, f"{minutes:g}")
     console.print(f"{study.question}\nClaim: {study.claim}", highlight=False, markup=False)
-    (console if console.is_terminal else Console(width=200)).print(shown)
+    wide(console).print(shown)
     console.print(f"{len(jobs)} runs, about {cost:,.0f} CPU minutes left to run ({cost / 60:.1f} hours)", highlight=False)

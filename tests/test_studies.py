@@ -10,12 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "ablations"))
 import run  # noqa: E402
-from run import More, Study  # noqa: E402
+import stats  # noqa: E402
+from run import More, Often, Study  # noqa: E402
 
 from world_model import UsageError  # noqa: E402
 
@@ -167,7 +169,7 @@ def test_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(script)
 PAGE = """
 import sys
 sys.path[:0] = [{ablations!r}]
-from run import More, Study, run_study
+from run import More, Often, Study, run_study
 run_study(Study("made_up", "Which is higher?", "The high one.", {arms!r}, [More("high", "low")]))
 """
 
@@ -214,11 +216,19 @@ def test_an_array_index_runs_that_run_alone(script, tmp_path):
         done = subprocess.run([*command, "--seeds", "0-1"], env=os.environ | {name: str(i)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert [(row["arm"], row["seed"]) for row in rows(study())] == [("high", 1), ("low", 0)]
+
+
+def test_bad_input_is_one_sentence(script, tmp_path):
+    done = subprocess.run([*page(tmp_path), "--seeds", "0-1", "--index", "4"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "Error: --index 4 is too high: there are 4 runs, counted from 0.\n"
     with pytest.raises(UsageError, match="unknown setting 'wm_target'"):
         run.expand(study(dict(low=dict(wm_target="ode"))), [0], script)
-    for words, part in ((["--index", "4"], "too high"), (["--seeds", "9-0"], "neither a range"), (["--seeds", "-1"], "neither"), (["--script", "made_up.py", "--seeds", "0,x"], "neither")):  # fmt: skip
-        done = subprocess.run([*command, "--seeds", "0-1", *words], capture_output=True, text=True)
-        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UsageError, match="is not a fork"):
+        run.expand(study(), [0], tmp_path / "nowhere.py")
+    for text in ("9-0", "-1", "0,x", "", "1-2-3", "0-99999999"):
+        with pytest.raises(UsageError, match="neither a range such as 0-9 nor a list"):
+            run.parse_seeds(text)
+    assert run.parse_seeds("0-2,7,2") == [0, 1, 2, 7]
 
 
 def test_a_dry_run_shows_runs_and_cost_and_runs_nothing(script, capsys):
@@ -248,3 +258,100 @@ def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypa
     batch(study(), script, seeds="0-9", compare=True)
     high, low = sorted(line for line in capsys.readouterr().out.splitlines() if "agrees" in line or "differs" in line)
     assert high.startswith("| high") and "differs beyond chance" in high and low.startswith("| low") and "agrees" in low
+
+
+@pytest.mark.slow
+def test_a_batch_runs_on_a_dask_cluster(script):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert batch(study(), script, backend="dask", scheduler=cluster.scheduler_address) == 0
+    assert calls() == [1] * 6 and len(rows(study())) == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    "autoencoder collapse ensemble_size heads horizon local_optimum memory model_free reward_tail sensitivity target temperature".split(),
+)
+def test_each_page_declares_arms_and_tests_that_exist(name):
+    s = __import__(name).STUDY
+    jobs = run.expand(s, [0])
+    assert s.name == name and {job.arm for job in jobs} == set(s.arms)
+    assert all({test.arm} if isinstance(test, Often) else {test.of, test.than} <= set(s.arms) for test in s.tests)
+    assert len({job.folder for job in jobs}) == len(jobs)  # no two arms are one
+
+
+# -------------------------------------------------------------------------------------------------------------- the verdicts
+
+
+def made_up(**arms) -> list[dict]:
+    return [dict(arm=arm, seed=i, final_return_mean=float(x), solved=bool(x >= 200)) for arm, xs in arms.items() for i, x in enumerate(xs)]
+
+
+@pytest.mark.parametrize("low, high, verdict", [
+    (range(0, 10), range(100, 110), "reproduced"), (range(100, 110), range(0, 10), "not reproduced"),
+    (range(0, 10), range(1, 11), "inconclusive"), (range(2), range(100, 102), "inconclusive"), ([5] * 10, [5] * 10, "inconclusive")])  # fmt: skip
+def test_a_verdict_needs_a_difference_beyond_chance_in_the_declared_direction(low, high, verdict):
+    assert run.judge(study(), made_up(low=low, high=high))[0] == verdict
+
+
+def test_each_kind_of_declared_test_finds_what_was_put_in():
+    rows = made_up(low=[0, 1] * 5, high=[0, 500] * 5, never=[0] * 10, always=[300] * 10)
+    for test, verdict in ((More("always", "never", "solved"), "reproduced"), (More("never", "always", "solved"), "not reproduced"), (More("high", "low", spread=True), "reproduced"),
+                          (Often("always", "solved"), "reproduced"), (Often("never", "solved"), "not reproduced"), (Often("high", "solved"), "inconclusive")):  # fmt: skip
+        assert run.judge(Study("x", "", "", {}, [test]), rows)[0] == verdict
+    assert run.judge(Study("x", "", "", {}, [Often("always", "solved"), Often("high", "solved")]), rows)[0] == "inconclusive"
+
+
+def test_a_fall_is_measured_as_the_contract_defines_a_collapse():
+    assert run.fall([-200, -200, -200, 100, 100, 100, -100, -100, -100]) == pytest.approx(200)
+    assert run.fall([0, 0, 0, 50, 50, 50, -300, -300, -300]) == 0  # it never rose by 100
+
+
+# ------------------------------------------------------------------------------------------------------------ the statistics
+
+
+def test_averages_are_those_of_rliable():
+    rliable = pytest.importorskip("rliable.library")
+    from rliable import metrics
+
+    scores = np.random.default_rng(0).normal([0, 3], [1, 2], (10, 2))  # 10 runs of 2 tasks
+    names = dict(mean=metrics.aggregate_mean, iqm=metrics.aggregate_iqm)
+    for name, theirs in names.items():
+        value, low, high = stats.average(name, *scores.T, reps=20_000)
+        _, bounds = rliable.get_interval_estimates({"x": scores}, lambda x: np.array([theirs(x)]), reps=5000)
+        assert value == pytest.approx(theirs(scores)) and [low, high] == pytest.approx(bounds["x"].ravel().tolist(), abs=0.08)
+    x, y = scores.T
+    assert stats.improvement(x, y)[0] == pytest.approx(metrics.probability_of_improvement(x[:, None], y[:, None]))
+    taus = np.linspace(-2, 2, 5)
+    ours, _, _ = stats.profile(x, taus)
+    theirs, _ = rliable.create_performance_profile({"x": x[:, None]}, taus, reps=10)
+    assert ours.tolist() == theirs["x"].tolist()
+
+
+def test_exact_statistics_on_data_whose_answer_is_known():
+    assert stats.rate(0, 10)[1:] == pytest.approx((0, 1 - 0.025**0.1))  # 31 %
+    assert stats.rate(0, 20)[2] == pytest.approx(0.168, abs=1e-3)
+    assert stats.iqm(np.array([-300, -300, *[250] * 8])) == 250  # and so hides two collapses
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.fisher(3, 3, 0, 3) == pytest.approx(2 / 20)  # 2 of the 20 ways to choose 3 of 6
+    x, y = np.array([1.0, 2, 2, 5]), np.array([0.0, 2, 3])
+    pairs = np.mean([(a > b) + (a == b) / 2 for a in x for b in y])
+    assert stats.improvement(x, y)[0] == pytest.approx(pairs)
+    assert stats.improvement(np.arange(3.0), np.arange(3.0) + 10)[::3] == pytest.approx((0, 2 / 20))
+
+
+@pytest.mark.parametrize("studies", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_intervals_cover_and_verdicts_are_rarely_false(studies, capsys):
+    """Made-up studies of three arms with ten seeds each, scores as such runs have them: some stuck near 0, most near 250; no arm is better."""
+    rng, covered, false = np.random.default_rng(0), 0, 0
+    declared = Study("x", "", "", {}, [More("a", "c"), More("b", "c"), Often("c", "lucky")])
+    for _ in range(studies):
+        stuck = rng.random((3, 10)) < 0.3
+        scores = np.where(stuck, rng.normal(0, 40, (3, 10)), rng.normal(250, 20, (3, 10)))
+        rows = [row | dict(lucky=bool(rng.random() < 0.5)) for row in made_up(a=scores[0], b=scores[1], c=scores[2])]
+        false += any(test["verdict"] != "inconclusive" for test in run.judge(declared, rows)[1])
+        _, low, high = stats.average("mean", scores[0], reps=1000)
+        covered += low <= 0.7 * 250 <= high
+    with capsys.disabled():
+        print(f"\n{studies} studies: 95 % intervals of the mean cover {covered / studies:.1%}, false verdicts in {false / studies:.1%}")
+    assert covered / studies >= 0.85 and false / studies <= 0.06
