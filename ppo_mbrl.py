@@ -91,7 +91,7 @@ class Settings(ModelSettings):
     hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
     greedy_steps: int = setting(400, "Every second real episode is greedy for so many steps, and explores only then; 0: none is.", 0, 10**9, "Exploring")
 
-    gae_lambda: float = setting(0.97, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
+    gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
     minibatch: int = setting(2048, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
@@ -104,8 +104,8 @@ class Settings(ModelSettings):
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
     rounds: int = setting(5, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
-    dreams: int = setting(400, "Dreams side by side.", 1, 10**7, "Dreams")
-    dream_steps: int = setting(60, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
+    dreams: int = setting(200, "Dreams side by side.", 1, 10**7, "Dreams")
+    dream_steps: int = setting(120, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
