@@ -53,7 +53,7 @@ if __name__ == "__main__":
     folder, seed, crash = Path(words["--run-dir"]), int(words["--seed"]), float(words.get("--lr", 0))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "calls", "a") as file:
-        file.write(f"{os.getpid()}\\n")
+        file.write(f"{os.getppid()}\\n")
     calls = len((folder / "calls").read_text().splitlines())
     def save(*_):
         (folder / "saved").write_text("")
@@ -147,16 +147,13 @@ def test_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(script)
     def murderer():
         for _ in range(3):
             time.sleep(0.7)
-            # workers are the parents of runs
-            pids = [
+            workers = {
                 int(path.read_text().split()[-1]) for path in Path("runs").rglob("calls") if not (path.parent / "summary.json").exists()
-            ]
-            for pid in pids[:1]:
+            }
+            for worker in sorted(workers - {os.getpid(), 1})[:1]:
                 with contextlib.suppress(OSError):
-                    parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-                    if parent not in (os.getpid(), 1):
-                        os.kill(parent, signal.SIGKILL)
-                        killed.append(parent)
+                    os.kill(worker, signal.SIGKILL)
+                    killed.append(worker)
 
     killed = []
     thread = threading.Thread(target=murderer)
@@ -258,6 +255,25 @@ def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypa
     batch(study(), script, seeds="0-9", compare=True)
     high, low = sorted(line for line in capsys.readouterr().out.splitlines() if "agrees" in line or "differs" in line)
     assert high.startswith("| high") and "differs beyond chance" in high and low.startswith("| low") and "agrees" in low
+
+
+def test_a_run_that_somebody_else_stops_is_resumed(script):
+    s = study(dict(slow=dict(gamma=1.5)))
+    (job,) = run.expand(s, [0], script)
+
+    def stopper():
+        while not (job.folder / "calls").exists():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(job.folder.absolute()) in path.read_text():
+                    os.kill(int(path.parent.name), signal.SIGTERM)
+
+    thread = threading.Thread(target=stopper)
+    thread.start()
+    assert run.execute(job.command, job.folder.absolute(), Path("stop"))[0] == "finished" and calls() == [2]
+    thread.join()
 
 
 @pytest.mark.slow
