@@ -193,7 +193,7 @@ def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> 
                     return "interrupted" if stop.exists() else "busy", ""
                 time.sleep(0.5)
         environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        for attempt in range(2):
+        for _ in range(2):
             if done := status(folder):
                 return done, ""
             if stop.exists():
@@ -204,10 +204,10 @@ def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> 
                     run.terminate()  # it saves
                     run.wait()
                 time.sleep(0.2)
-            if run.returncode in (130, 143):
-                return "interrupted", ""
             if run.returncode == 2:  # bad input stays bad
                 break
+    if stop.exists():
+        return status(folder) or "interrupted", ""
     words = Path(log.name).read_text(errors="replace").strip().splitlines()
     return status(folder) or "crashed", f"exit {run.returncode}: {words[-1] if words else ''}"
 
@@ -218,29 +218,25 @@ def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> 
 def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Path, ended: Callable[[Job, str, str], None]):
     """All jobs on worker processes; ended(job, how, words) is called for each. A worker that is killed takes no job with it."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers, also of other machines, need neither this file nor torch
-    if backend == "dask":
-        connect(scheduler, workers)
     deaths = 0
-    for wait in (False, True):  # what another launcher is at work on comes last
-        left = dict(enumerate(jobs))
-        busy = []
-        while left:
-            try:
-                with parallel_config(backend=backend):
-                    work = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
-                    for i, (how, words) in work(
-                        delayed(numbered)(i, j.command, j.folder.absolute(), stop.absolute(), wait) for i, j in left.copy().items()
-                    ):
-                        job = left.pop(i)
-                        if how == "busy":
-                            busy.append(job)
-                        else:
-                            ended(job, how, words)
-            except TerminatedWorkerError:
-                deaths += 1
-                if deaths > 20:
-                    raise UsageError("Workers are killed again and again; is there too little memory for so many --jobs?")
-        jobs = busy
+    with connect(scheduler, workers) if backend == "dask" else contextlib.nullcontext():
+        for wait in (False, True):  # what another launcher is at work on comes last
+            left, busy = dict(enumerate(jobs)), []
+            while left:
+                tasks = [delayed(numbered)(i, job.command, job.folder.absolute(), stop.absolute(), wait) for i, job in left.items()]
+                try:
+                    with parallel_config(backend=backend):
+                        for i, (how, words) in Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(tasks):
+                            job = left.pop(i)
+                            if how == "busy":
+                                busy.append(job)
+                            else:
+                                ended(job, how, words)
+                except TerminatedWorkerError:
+                    deaths += 1
+                    if deaths > 20:
+                        raise UsageError("Workers are killed again and again; is there too little memory for so many --jobs?")
+            jobs = busy
 
 
 def numbered(number: int, *job) -> tuple[int, tuple[str, str]]:
@@ -254,7 +250,7 @@ def connect(scheduler: str, workers: int):
     except ImportError:
         raise UsageError("--backend dask needs one more package: pip install distributed==2026.8.0")
     try:
-        distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
+        return distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
     except (OSError, ValueError) as error:
         raise UsageError(f"No Dask scheduler answers at {scheduler}: {error}.")
 
