@@ -77,7 +77,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
     found = [dict(departure=name, shares=shares(rows, name)) for name in DEPARTURES]
     for what, worse in ((STUDY.metric, -1), ("fall", 1)):
         ways = [(f"fix {name}", "published", -worse) for name in DEPARTURES] + [(f"break {name}", "textbook", worse) for name in DEPARTURES]
-        tests = [stats.improvement(values(rows, arm, what), values(rows, end, what)) for arm, end, _ in ways]
+        tests = [stats.improvement(values(rows, arm, what), values(rows, end, what), reps=10) for arm, end, _ in ways]
         for i, (p, test, (_, _, sign)) in enumerate(zip(stats.holm([test[3] for test in tests]), tests, ways)):
             blamed = p < 0.05 and (test[0] - 0.5) * sign > 0
             found[i % len(DEPARTURES)].setdefault(what, []).append((p, blamed))
