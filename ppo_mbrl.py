@@ -86,7 +86,7 @@ class Settings(ModelSettings):
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data.", 1e-3, 1e3, "Exploring")
-    hot_temperature: float = setting(3.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
+    hot_temperature: float = setting(0.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
     hot_every: float = setting(100.0, "Mean steps between two hot stretches of an episode.", 1, 1e9, "Exploring")
     hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
     greedy_steps: int = setting(400, "Every second real episode is greedy for so many steps, and explores only then; 0: none is.", 0, 10**9, "Exploring")
@@ -109,7 +109,7 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    ending_penalty: float = setting(0.0, "Share of an ending's negative reward that dreams charge. At 0 an ending costs no more than all that would have followed it.", 0, 1, "Dreams")
+    caution_steps: int = setting(1000, "Dreams charge the negative reward of an ending by the share of the latest so many real steps whose episode ended; 0: in full.", 0, 10**9, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
@@ -438,18 +438,22 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
 
 
 def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale) -> dict:
-    """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds."""
+    """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds.
+
+    Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what the data lacks; where they do, it counts in full.
+    """
     s, temperature = run.settings, run.temperature()
+    caution = replay.share_ended(s.caution_steps) if s.caution_steps else 1.0
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
     dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), []
     for _ in range(s.rounds):
         rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
         run.imagined_steps += rollout.actions.numel()
         punished = rollout.terminated & (rollout.rewards < 0)
-        rewards = scale(rollout.rewards * torch.where(punished, s.ending_penalty, 1.0))
+        rewards = scale(torch.where(punished, caution * rollout.rewards, rollout.rewards))
         log = ppo_update(agent, optimizer, rollout._replace(rewards=rewards), s, temperature, run.tick)
         logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
-    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon}
+    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon, "dream/caution": caution}
 
 
 def fates(rollout: Rollout) -> dict[str, float]:
@@ -917,7 +921,7 @@ class View:
         "real steps": "real_steps", "imagined steps": "imagined_steps", "evaluation": "eval/return_mean", "episode length": "eval/length_mean",
         "time-outs": "eval/timeout_share", "model error, 1 step": "wm/error_1step", "open loop": "wm/error_openloop", "dream return": "dream/return_mean",
         "dreams ending well": "dream/positive_end_share", "ending badly": "dream/negative_end_share", "alive": "dream/alive_share",
-        "disagreement": "dream/disagreement", "KL": "ppo/approx_kl", "entropy": "ppo/entropy", "explained variance": "ppo/explained_variance",
+        "disagreement": "dream/disagreement", "caution": "dream/caution", "KL": "ppo/approx_kl", "entropy": "ppo/entropy", "explained variance": "ppo/explained_variance",
     }  # fmt: skip
 
     def __init__(self):

@@ -173,6 +173,14 @@ class Replay:
     def load_state_dict(self, state: dict):
         self.add(Rollout(**state))
 
+    def share_ended(self, latest: int) -> float:
+        """The share of the latest so many steps whose episode has ended, and was neither cut off nor goes on still."""
+        terminated, truncated = self.steps.terminated, self.steps.truncated
+        time = torch.arange(len(terminated), device=terminated.device)[:, None]
+        last = torch.where(terminated | truncated, time, len(time)).flip(0).cummin(0).values.flip(0)  # (T, N) step of its own episode
+        ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step T, still to come, has not ended
+        return float(ended[-math.ceil(latest / ended.shape[1]) :].float().mean())
+
     def rare(self, binary: Tensor, reach: int) -> Tensor:
         """(T, N): steps within `reach` of something rare in their own episode: an ending, a flip of a binary column, an extreme reward (1 %)."""
         low, high = quantiles(self.steps.rewards, 0.005, 0.995)

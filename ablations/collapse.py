@@ -19,6 +19,8 @@ def model_collapse(run_dir: Path) -> dict:
     """Whether the return fell by 150 or more, and the model's error doubled in the same stretch."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps, scores = np.array([(row["real_steps"], row["eval/return_mean"]) for row in rows if "eval/return_mean" in row]).T
+    if len(scores) < 3:
+        return dict(fell=False, model_collapsed=False)
     smooth = np.convolve(scores, np.ones(3) / 3, "valid")
     highest = np.maximum.accumulate(smooth)
     depth = (highest - smooth) * (highest >= scores[0] + 100)

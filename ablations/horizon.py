@@ -1,7 +1,6 @@
 """Study: dynamic hyperparameters. Should dreams be as long as the model is good (Lambert et al., 2021, quoted by the article), or of a fixed length?
 
-With --horizon 0 the open-loop error on held-out episodes decides, anew in each iteration. The default, 600, is in effect as long as an iteration's
-dreams: 300 steps.
+With --horizon 0 the open-loop error on held-out episodes decides, anew in each iteration. The default, 600, is as long as an iteration's dreams.
 
     python ablations/horizon.py --seeds 0-9 --jobs 2
 """

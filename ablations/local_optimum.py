@@ -13,7 +13,7 @@ INGREDIENTS = {
     "heads (s, a)": dict(wm_heads="sa"),
     "newest data": dict(wm_newest=2000),
     "few refits": dict(num_steps=1000, rounds=20),  # as many PPO updates, a quarter of the fits
-    "fear of endings": dict(ending_penalty=1.0),
+    "fear of endings": dict(caution_steps=0),
     "short rollouts": dict(dream_steps=60, dreams=400, gae_lambda=0.97),
     "no greedy episodes": dict(greedy_steps=0),
 }

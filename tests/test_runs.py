@@ -139,7 +139,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_temperature=0.01, hot_temperature=3.0, greedy_steps=0, ending_penalty=1.0),
+        dict(gather_temperature=0.01, hot_temperature=3.0, greedy_steps=0, caution_steps=0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
@@ -211,8 +211,8 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
     assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [2, 10, 2, 2]
 
 
-@pytest.mark.parametrize("penalty, charged", [(0.0, [-2.0, 5.0, 0.0]), (0.25, [-2.0, 5.0, -25.0]), (1.0, [-2.0, 5.0, -100.0])])
-def test_policies_are_charged_that_share_of_what_is_lost_where_a_dream_ends(penalty, charged, monkeypatch):
+@pytest.mark.parametrize("caution, charged", [(0, -100.0), (40, -25.0)])
+def test_policies_are_charged_what_is_lost_where_a_dream_ends_by_the_share_of_steps_whose_episode_ended(caution, charged, monkeypatch):
     ended = torch.tensor([[False], [True], [True]])
     rollout = Rollout(
         torch.zeros(3, 1, 2), torch.zeros(3, 1).long(), torch.tensor([[-2.0], [5.0], [-100.0]]), torch.zeros(3, 1, 2), ended, ended
@@ -221,9 +221,10 @@ def test_policies_are_charged_that_share_of_what_is_lost_where_a_dream_ends(pena
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     monkeypatch.setattr(ppo_mbrl, "collect", lambda *_: rollout)
     monkeypatch.setattr(ppo_mbrl, "ppo_update", lambda agent, optimizer, rollout, *_: given.append(rollout.rewards[:, 0].tolist()) or {})
-    run = types.SimpleNamespace(settings=Settings(ending_penalty=penalty, rounds=1), temperature=float, tick=None, imagined_steps=0)
-    log = ppo_mbrl.dream_and_improve(run, None, None, None, None, lambda rewards: rewards)
-    assert given == [charged] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
+    run = types.SimpleNamespace(settings=Settings(caution_steps=caution, rounds=1), temperature=float, tick=None, imagined_steps=0)
+    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest])
+    log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards)
+    assert given == [[-2.0, 5.0, charged]] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
 
 
 @pytest.mark.parametrize("mode", ["simple", "ppo", "mpc"])

@@ -743,3 +743,14 @@ def test_each_fit_lowers_its_learning_rate_to_a_tenth():
         fit(model, optimizer, replay, 100, 8, lambda: rates.append(optimizer.param_groups[0]["lr"]))
     np.testing.assert_allclose(rates[:100], 1 - 0.009 * np.arange(100))
     assert rates[:100] == rates[100:]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sampled_from(["goes on", "ends", "is cut"]), min_size=2, max_size=60), st.integers(1, 40))
+def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_them(fates, latest):
+    terminated, truncated = (torch.tensor([[fate == name] for fate in fates]) for name in ("ends", "is cut"))
+    replay, zeros = Replay(1, 2, 10), torch.zeros(len(fates), 1)
+    replay.add(Rollout(torch.zeros(len(fates), 1, 2), zeros.long(), zeros, torch.zeros(len(fates), 1, 2), terminated, truncated))
+    ways = [next((fate for fate in fates[t:] if fate != "goes on"), "goes on") for t in range(len(fates))]
+    counted = [way == "ends" for way in ways][-latest:]
+    assert replay.share_ended(latest) == pytest.approx(sum(counted) / len(counted))
