@@ -504,6 +504,8 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
         profiles.plot(taus, share, color=colour, label=arm)
         profiles.fill_between(taus, low, high, color=colour, alpha=0.15, linewidth=0)
     low, high = np.percentile(np.concatenate([line.get_ydata() for line in curves.lines] or [[0, 1]]), [2, 100])
+    lengths = [max(row["real_steps"] for row in rows if row["arm"] == arm) for arm in arms]
+    curves.set_xscale("log" if max(lengths) > 5 * min(lengths) else "linear")
     curves.set(title="Return, greedy: IQM, 95 % interval, each seed", xlabel="real steps", ylim=(low - 20, high + 20))
     seeds.set(title=f"{study.metric}: each seed, mean and IQM", xticks=range(len(arms)))
     seeds.set_xticklabels(arms, rotation=25, ha="right")

@@ -286,7 +286,7 @@ def test_a_batch_runs_on_a_dask_cluster(script):
 
 @pytest.mark.parametrize(
     "name",
-    "autoencoder collapse ensemble_size heads horizon local_optimum memory model_free reward_tail sensitivity target temperature".split(),
+    "autoencoder collapse ensemble_size heads horizon local_optimum memory model_free reward_tail sample_efficiency sensitivity target temperature".split(),
 )
 def test_each_page_declares_arms_and_tests_that_exist(name):
     s = __import__(name).STUDY
