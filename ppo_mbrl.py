@@ -335,25 +335,28 @@ def compute_gae(rollout: Rollout, values: Tensor, next_values: Tensor, gamma: fl
     return advantages, advantages + values
 
 
-def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: Settings, temperature: float = 1.0) -> tuple[Tensor, dict]:
-    """Clipped surrogate, value error and entropy bonus (Schulman et al., 2017, eq. 7 and 9) on a minibatch, every argument (B, ...)."""
+PPO_INFO = "ppo/loss", "ppo/approx_kl", "ppo/entropy", "ppo/clip_fraction", "ppo/value_loss"
+
+
+def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: Settings, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate, value error and entropy bonus (Schulman et al., 2017, eq. 7 and 9) on a minibatch, every argument (B, ...).
+
+    Returns the loss and, for the log, the numbers named in PPO_INFO.
+    """
     logprobs = agent.logprobs(obs, temperature)
     logratio = logprobs.gather(-1, actions[:, None])[:, 0] - old_logprobs
     ratio = logratio.exp()
-    advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-    policy_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - s.clip, 1 + s.clip)).mean()
-    value_loss = (agent.value(obs) - returns).square().mean() / 2
-    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    std, mean = torch.std_mean(advantages, correction=0)
+    advantages = (advantages - mean) / (std + 1e-8)
+    surrogate = torch.min(advantages * ratio, advantages * ratio.clamp(1 - s.clip, 1 + s.clip))
+    value_loss = (agent.value(obs) - returns).square() / 2
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    losses = s.value_coef * value_loss - s.entropy_coef * entropy - surrogate
     with torch.no_grad():
-        approx_kl = (ratio - 1 - logratio).mean()  # Schulman (2020), k3
-        clip_fraction = ((ratio - 1).abs() > s.clip).float().mean()
-    info = {
-        "ppo/approx_kl": approx_kl,
-        "ppo/entropy": entropy.detach(),
-        "ppo/clip_fraction": clip_fraction,
-        "ppo/value_loss": value_loss.detach(),
-    }
-    return policy_loss + s.value_coef * value_loss - s.entropy_coef * entropy, info
+        change = ratio - 1
+        approx_kl = change - logratio  # Schulman (2020), k3
+        info = torch.stack([losses, approx_kl, entropy, change.abs() > s.clip, value_loss]).mean(-1)
+    return losses.mean(), info
 
 
 def ppo_update(
@@ -364,21 +367,20 @@ def ppo_update(
         logprobs = agent.logprobs(rollout.obs, temperature).gather(-1, rollout.actions[..., None])[..., 0]
         values, next_values = agent.value(rollout.obs), agent.value(rollout.next_obs)
         advantages, returns = compute_gae(rollout, values, next_values, s.gamma, s.gae_lambda)
-    batch = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)]
-    size, losses, infos = len(batch[0]), [], []
+    batch, infos = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)], []
     for _ in range(s.epochs):
-        for index in torch.randperm(size, device=batch[0].device).split(s.minibatch):
-            loss, info = ppo_loss(agent, *(x[index] for x in batch), s, temperature)
+        order = torch.randperm(returns.numel(), device=returns.device)
+        for minibatch in zip(*(x[order].split(s.minibatch) for x in batch)):
+            loss, info = ppo_loss(agent, *minibatch, s, temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
             optimizer.step()
-            losses.append(loss.detach())
-            infos.append(torch.stack(list(info.values())))
+            infos.append(info)
             tick()
-    means = dict(zip(info, torch.stack(infos).mean(0).tolist()))
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
-    return means | {"ppo/explained_variance": 1 - float(unexplained), "ppo/loss": float(torch.stack(losses).mean())}
+    means = torch.stack(infos).mean(0).tolist()
+    return dict(zip(PPO_INFO, means)) | {"ppo/explained_variance": 1 - float(unexplained)}
 
 
 # ------------------------------------------------------------------------------------------------------- the training loops

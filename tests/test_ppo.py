@@ -11,7 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo_mbrl
-from ppo_mbrl import Agent, Environments, Explorer, ReturnScale, Settings, compute_gae, fates, outcome, pack, ppo_loss, ppo_update, unpack
+from ppo_mbrl import (
+    PPO_INFO,
+    Agent,
+    Environments,
+    Explorer,
+    ReturnScale,
+    Settings,
+    compute_gae,
+    fates,
+    outcome,
+    pack,
+    ppo_loss,
+    ppo_update,
+    unpack,
+)
 from world_model import Rollout, UsageError
 
 # --------------------------------------------------------------------------------------------------------------- advantages
@@ -77,7 +91,7 @@ def minibatches(monkeypatch, acting: float, learning: float) -> list[dict]:
 
     def recorded(*args):
         logprobs, old = args[0].logprobs(args[1], acting).gather(-1, args[2][:, None])[:, 0], args[3]
-        infos.append({"difference": float((logprobs - old).detach().abs().max())} | ppo_loss(*args)[1])
+        infos.append({"difference": float((logprobs - old).detach().abs().max())} | dict(zip(PPO_INFO, ppo_loss(*args)[1].tolist())))
         return ppo_loss(*args)
 
     monkeypatch.setattr(ppo_mbrl, "ppo_loss", recorded)
@@ -120,8 +134,14 @@ def test_the_loss_is_that_of_a_loop_written_by_hand(temperature):
     as_tensors = [torch.as_tensor(x) for x in (old, advantages, returns)]
     loss, info = ppo_loss(agent, obs, actions, *as_tensors, s, temperature)
     assert float(loss.detach()) == pytest.approx(-policy + 0.7 * value - 0.05 * entropy, abs=1e-9)
-    by_hand = {"ppo/approx_kl": kl, "ppo/entropy": entropy, "ppo/clip_fraction": clipped, "ppo/value_loss": value}
-    assert {name: float(x) for name, x in info.items()} == pytest.approx(by_hand, abs=1e-6)
+    by_hand = {
+        "ppo/loss": -policy + 0.7 * value - 0.05 * entropy,
+        "ppo/approx_kl": kl,
+        "ppo/entropy": entropy,
+        "ppo/clip_fraction": clipped,
+        "ppo/value_loss": value,
+    }
+    assert dict(zip(PPO_INFO, info.tolist())) == pytest.approx(by_hand, abs=1e-6)
     assert 0 < clipped < 1
 
 
@@ -141,7 +161,7 @@ def test_the_entropy_bonus_lowers_the_loss_when_entropy_rises():
             agent.value(obs).detach(),
         )  # equal advantages and no value error: entropy alone is left
         losses.append(float(ppo_loss(*args, Settings(entropy_coef=0.1))[0].detach()))
-        entropies.append(float(ppo_loss(*args, Settings())[1]["ppo/entropy"]))
+        entropies.append(float(ppo_loss(*args, Settings())[1][PPO_INFO.index("ppo/entropy")]))
     assert entropies[0] < entropies[1] < entropies[2]
     np.testing.assert_allclose(losses, -0.1 * np.array(entropies), atol=1e-9)
 
