@@ -50,6 +50,7 @@ from world_model import (
     WorldModel,
     draw_diagnosis,
     fit,
+    flatten,
     measure,
     plan,
     pyplot,
@@ -372,9 +373,9 @@ def ppo_update(
         order = torch.randperm(returns.numel(), device=returns.device)
         for minibatch in zip(*(x[order].split(s.minibatch) for x in batch)):
             loss, info = ppo_loss(agent, *minibatch, s, temperature)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=False)
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), s.max_grad_norm)
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], s.max_grad_norm)
             optimizer.step()
             infos.append(info)
             tick()
@@ -390,7 +391,7 @@ def train_ppo(run: "Run"):
     """PPO in the real environment (Schulman et al., 2017, Algorithm 1)."""
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
     scale = ReturnScale(s.num_envs, s.gamma)
     run.begin(agent.greedy, policy=agent, parts=dict(agent=agent, optimizer=optimizer, scale=scale, env=env))
 
@@ -411,8 +412,8 @@ def train_simple(run: "Run"):
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
-    wm_optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
+    optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
+    wm_optimizer = torch.optim.AdamW([flatten(model)], lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
     scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s)
     parts = dict(agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay)
@@ -511,7 +512,7 @@ def train_mpc(run: "Run"):
     """
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([flatten(model)], lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
     planner = functools.partial(plan_actions, model, s)
     run.begin(planner, policy=model, parts=dict(model=model, optimizer=optimizer, replay=replay, env=env))

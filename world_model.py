@@ -255,6 +255,17 @@ def ensemble_mlp(members: int, size_in: int, hidden: int, layers: int, size_out:
     return nn.Sequential(*blocks, EnsembleLinear(members, sizes[-1], size_out))
 
 
+def flatten(module: nn.Module) -> nn.Parameter:
+    """All weights of a module, now on its device, as one vector; its own and their gradients become views. An optimiser then has one tensor to update."""
+    parameters = list(module.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    flat.grad = torch.zeros_like(flat)
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    for parameter, gradient in zip(parameters, flat.grad.split([p.numel() for p in parameters])):
+        parameter.grad = gradient.view_as(parameter)
+    return flat
+
+
 # A field maps an observation to a prediction; an integrator makes the next observation of it. The three targets differ in nothing else.
 def direct(field, obs: Tensor) -> Tensor:
     """The field is the next observation itself."""
@@ -610,7 +621,7 @@ def fit(
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * (1 - 0.9 * i / updates)
         window, valid = replay.window(*sample(where, (model.members, windows)), before, 1)
         losses = model.loss(window, valid)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)
         sum(losses.values()).backward()
         optimizer.step()
         for name, value in losses.items():
@@ -1009,7 +1020,7 @@ def main(
     torch.set_num_threads(1)
     replay = load_replay(run_dir, settings.wm_holdout, settings.wm_newest)
     model = WorldModel(replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1, settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.wm_lr, weight_decay=settings.wm_weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([flatten(model)], lr=settings.wm_lr, weight_decay=settings.wm_weight_decay, fused=True)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("fitting", total=updates)

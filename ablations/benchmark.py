@@ -32,7 +32,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from ppo_mbrl import Agent, Environments, ReturnScale, Settings, check_device, collect, ppo_update  # noqa: E402
-from world_model import Dream, Replay, UsageError, WorldModel, fit  # noqa: E402
+from world_model import Dream, Replay, UsageError, WorldModel, fit, flatten  # noqa: E402
 
 ENV = "LunarLander-v3"
 
@@ -76,7 +76,7 @@ def our_ppo(num_envs: int, num_steps: int, minibatch: int, updates: int):
     s = Settings.resolve(dict(mode="ppo", num_envs=num_envs, num_steps=num_steps, minibatch=minibatch, epochs=4))
     env, scale = Environments(ENV, num_envs, 0), ReturnScale(num_envs, s.gamma)
     agent = Agent(env.obs_dim, env.num_actions, 64)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=s.lr, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
 
     def work():
         for _ in range(updates):
@@ -203,7 +203,7 @@ def some_replay(steps: int = 3000) -> Replay:
 
 def a_model(s: Settings, replay: Replay) -> tuple[WorldModel, torch.optim.Optimizer]:
     model = WorldModel(8, 4, s)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW([flatten(model)], lr=1e-3, fused=True)
     fit(model, optimizer, replay, 20, 128)
     return model, optimizer
 
