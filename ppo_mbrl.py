@@ -210,18 +210,17 @@ class Environments:
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
-        actions = actions.tolist()
-        steps = [env.step(action + self.lowest) for env, action in zip(self.envs, actions)]
-        for past, action in zip(self.past, actions):
-            past[1].append(action)
-        obs, rewards, terminated, truncated, _ = zip(*steps)
-        next_obs, rewards = (torch.from_numpy(np.array(x, dtype=np.float32)) for x in (obs, rewards))
-        terminated, truncated = (torch.from_numpy(np.array(x, dtype=bool)) for x in (terminated, truncated))
+        next_obs, rewards = np.empty(self.obs.shape, np.float32), np.empty(len(actions), np.float32)
+        terminated, truncated = np.empty((2, len(actions)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions.tolist())):
+            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(action + self.lowest)
+            self.past[i][1].append(action)
         truncated &= ~terminated
-        self.obs, self.first = next_obs.clone(), terminated | truncated
-        for i in self.first.nonzero()[:, 0].tolist():
+        first = terminated | truncated
+        self.obs, self.first = torch.from_numpy(next_obs.copy()), torch.from_numpy(first)
+        for i in first.nonzero()[0]:
             self.obs[i] = self.begin(i)
-        return rewards, next_obs, terminated, truncated
+        return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
 
     def age(self) -> Tensor:
         """(N): steps since each episode began."""
