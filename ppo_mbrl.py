@@ -273,13 +273,13 @@ class Agent(nn.Module):
         """(..., O) -> (...)."""
         return self.critic(self.normaliser(obs))[..., 0]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """(N, O) -> sampled actions (N). The index of the smallest Exp(1) / p is a sample of p, and so it is if p is not normalised."""
         logits = self.logits(obs, temperature)
         return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def greedy(self, obs: Tensor) -> Tensor:
         return self.logits(obs.to(self.normaliser.mean.device)).argmax(-1)
 

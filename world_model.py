@@ -587,7 +587,7 @@ class WorldModel(nn.Module):
         """Calibrated probability that an episode ends."""
         return torch.sigmoid(self.calibration[0] * logit + self.calibration[1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def imagine(self, obs: Tensor, action: Tensor, hidden: Tensor, member: Tensor) -> Imagined:
         """One step of B dreams, each in the `member` (B) it belongs to, from obs (B, O) and hidden (E, B, H) under action (B)."""
 
@@ -713,7 +713,7 @@ class Dream:
         window, valid = self.replay.window(t, n, self.model.context, 1)
         return window.obs[-1], *self.model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def reset(self) -> Tensor:
         """New dreams everywhere, and a pool of further starts for those that will end."""
         self.pool = self.starts(3 * self.num_envs)
@@ -722,7 +722,7 @@ class Dream:
         self.disagreement, self.steps = torch.zeros((), device=self.member.device), 0  # mean disagreement over all steps since the reset
         return self.obs
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N); `obs` moves on to a new start where a dream is over."""
         m = self.model
@@ -752,7 +752,7 @@ class Dream:
         return self.known[torch.cdist(scale(obs), scale(self.known)).argmin(-1)]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def plan(model: WorldModel, obs: Tensor, hidden: Tensor, horizon: int, candidates: int, rounds: int, gamma: float) -> Tensor:
     """Model-predictive control by the cross-entropy method over action sequences (Chua et al., 2018), for discrete actions.
 
