@@ -24,7 +24,7 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
@@ -76,7 +76,7 @@ class Settings(ModelSettings):
     total_steps: int = setting(20_000, "Real steps of the whole run.", 1, 10**12, "Run", identity=False, ppo=1_000_000, mpc=5_000)
     run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
     config: str = setting("", "A JSON file of settings, such as a config.json; flags go before it.", panel="Run", identity=False)
-    gamma: float = setting(0.998, "Discount of PPO and of the planner.", 0, 1, "Run", ppo=0.999, mpc=0.99)
+    gamma: float = setting(0.99, "Discount of PPO and of the planner.", 0, 1, "Run", ppo=0.999)
     eval_every: int = setting(500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False, ppo=25_000, mpc=2_500)
     fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
     device: str = setting("cpu", "Where to compute, such as cpu or cuda.", panel="Run", identity=False)
@@ -87,10 +87,8 @@ class Settings(ModelSettings):
     num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data.", 1e-3, 1e3, "Exploring")
-    hot_temperature: float = setting(0.0, "The same in hot stretches, times 1 + age of the episode / --hot-every; 0: there are none.", 0, 1e3, "Exploring")
-    hot_every: float = setting(100.0, "Mean steps between two hot stretches of an episode.", 1, 1e9, "Exploring")
-    hot_steps: float = setting(60.0, "Mean steps of a hot stretch.", 1, 1e9, "Exploring")
-    greedy_steps: int = setting(400, "Every second real episode is greedy for so many steps, and explores only then; 0: none is.", 0, 10**9, "Exploring")
+    gather_greedy: bool = setting(True, "Every second real episode is greedy.", panel="Exploring")
+    gather_limit: int = setting(400, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -110,7 +108,10 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution_steps: int = setting(1000, "Dreams charge the negative reward of an ending by the share of the latest so many real steps whose episode ended; 0: in full.", 0, 10**9, "Dreams")
+    caution_steps: int = setting(1000, "Dreams charge the negative reward of an ending by the share of the latest so many real steps whose episode ended, or of good endings; 0: in full.", 0, 10**9, "Dreams")
+    good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well.", 0, 1, "Dreams")
+    good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
+    grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
@@ -139,8 +140,6 @@ class Settings(ModelSettings):
             raise UsageError(f"--beginnings and --rare are shares of the same dreams: {self.beginnings:g} + {self.rare:g} is more than 1.")
         if 0 < self.temperature_end < 1e-3:
             raise UsageError(f"--temperature-end must be 0 or at least 0.001, not {self.temperature_end}.")
-        if 0 < self.hot_temperature < 1e-3:
-            raise UsageError(f"--hot-temperature must be 0 or at least 0.001, not {self.hot_temperature}.")
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
@@ -190,13 +189,15 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
 class Environments:
     """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
 
-    `obs` (N, O) is where they are and `first` (N) whether an episode just began; `step` returns the true successors. Any moment, also in the
-    midst of episodes, can be saved: it is the random state before the last reset and the actions since.
+    `obs` (N, O) is where they are, `first` (N) whether an episode just began, `episode` (N) its number; `step` returns the true successors.
+    Episodes are left after `limit` steps (0: never). Any moment, also in the midst of episodes, can be saved: it is the random state before the
+    last reset and the actions since.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int):
+    def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0):
         self.envs = [make_env(env_id) for _ in range(num_envs)]
-        self.past = [None] * num_envs  # random state before the reset, actions since
+        self.past, self.limit = [None] * num_envs, limit or math.inf  # random state before the reset, actions since
+        self.episode = torch.zeros(num_envs, dtype=torch.long)
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
@@ -206,6 +207,7 @@ class Environments:
 
     def begin(self, i: int) -> Tensor:
         self.past[i] = (self.envs[i].unwrapped.np_random.bit_generator.state, [])
+        self.episode[i] += 1
         return torch.as_tensor(self.envs[i].reset()[0], dtype=torch.float32)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,6 +217,7 @@ class Environments:
         for i, (env, action) in enumerate(zip(self.envs, actions.tolist())):
             next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(action + self.lowest)
             self.past[i][1].append(action)
+            truncated[i] |= len(self.past[i][1]) >= self.limit
         truncated &= ~terminated
         first = terminated | truncated
         self.obs, self.first = torch.from_numpy(next_obs.copy()), torch.from_numpy(first)
@@ -222,12 +225,8 @@ class Environments:
             self.obs[i] = self.begin(i)
         return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
 
-    def age(self) -> Tensor:
-        """(N): steps since each episode began."""
-        return torch.tensor([len(actions) for _, actions in self.past])
-
     def state_dict(self) -> dict:
-        return dict(past=[list(past) for past in self.past], first=self.first)
+        return dict(past=[list(past) for past in self.past], first=self.first, episode=self.episode.clone())
 
     def load_state_dict(self, state: dict):
         self.first = state["first"]
@@ -238,6 +237,7 @@ class Environments:
             for action in actions:
                 self.obs[i] = torch.as_tensor(env.step(action + self.lowest)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
+        self.episode = state["episode"].clone()
 
 
 # --------------------------------------------------------------------------------------------------------------------- agent
@@ -360,9 +360,12 @@ def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: S
 
 
 def ppo_update(
-    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, s: Settings, temperature=1.0, tick=lambda: None
+    agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, s: Settings, temperature=1.0, tick=lambda: None, real=None
 ) -> dict[str, float]:
-    """One PPO update on a rollout whose actions were drawn from `agent` at `temperature`. Returns means over all minibatches."""
+    """One PPO update on a rollout whose actions were drawn from `agent` at `temperature`. Returns means over all minibatches.
+
+    From `real`, observations (K, O) and returns (K) of real steps, the critic learns as well.
+    """
     with torch.no_grad():
         logprobs = agent.logprobs(rollout.obs, temperature).gather(-1, rollout.actions[..., None])[..., 0]
         values, next_values = agent.value(rollout.obs), agent.value(rollout.next_obs)
@@ -372,6 +375,9 @@ def ppo_update(
         order = torch.randperm(returns.numel(), device=returns.device)
         for minibatch in zip(*(x[order].split(s.minibatch) for x in batch)):
             loss, info = ppo_loss(agent, *minibatch, s, temperature)
+            if real is not None:
+                index = torch.randint(len(real[0]), (s.minibatch // 2,), device=returns.device)
+                loss = loss + s.grounding * s.value_coef * (agent.value(real[0][index]) - real[1][index]).square().mean() / 2
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], s.max_grad_norm)
@@ -408,20 +414,19 @@ def train_ppo(run: "Run"):
 
 def train_simple(run: "Run"):
     """SimPLe (Kaiser et al., 2020, Algorithm 1): gather, fit, improve the policy in dreams, repeat."""
-    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
+    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed, run.settings.gather_limit)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
     wm_optimizer = torch.optim.AdamW([flatten(model)], lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
-    scale, explorer = ReturnScale(s.num_envs, s.gamma), Explorer(agent, env, s)
-    parts = dict(agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay)
-    parts |= dict(scale=scale, explorer=explorer, env=env)
+    scale = ReturnScale(s.num_envs, s.good_gamma)
+    parts = dict(agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay, scale=scale, env=env)
     run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
-        rollout = gather(run, env, explorer.act, replay)
+        rollout = gather(run, env, functools.partial(explore, agent, env, s), replay)
         scale.update(rollout)
         run.phase("fitting")  # line 5: update the model on all of them
         log = learn(run, model, wm_optimizer, replay)
@@ -442,20 +447,38 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
 def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale) -> dict:
     """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds.
 
-    Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what the data lacks; where they do, it counts in full.
+    First find a good ending, then make it safe. Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what
+    the data lacks. As they come to end well, losses count in full again, the policy looks further ahead, and its advantages rest less on long dreams
+    and more on a critic that knows real episodes.
     """
-    s, temperature = run.settings, run.temperature()
-    caution = replay.share_ended(s.caution_steps) if s.caution_steps else 1.0
+    s, temperature, good = run.settings, run.temperature(), replay.share_good(10)
+    caution = max(replay.share_ended(s.caution_steps), good) if s.caution_steps else 1.0
+    gamma, gae_lambda = (1 - (1 - a) ** (1 - good) * (1 - b) ** good for a, b in ((s.gamma, s.good_gamma), (s.gae_lambda, s.good_lambda)))
+    s = replace(s, gamma=gamma, gae_lambda=gae_lambda, grounding=good * s.grounding)
+
+    def charged(steps: Rollout) -> Rollout:
+        punished = steps.terminated & (steps.rewards < 0)
+        return steps._replace(rewards=scale(torch.where(punished, caution * steps.rewards, steps.rewards)))
+
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
     dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), []
     for _ in range(s.rounds):
         rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
         run.imagined_steps += rollout.actions.numel()
-        punished = rollout.terminated & (rollout.rewards < 0)
-        rewards = scale(torch.where(punished, caution * rollout.rewards, rollout.rewards))
-        log = ppo_update(agent, optimizer, rollout._replace(rewards=rewards), s, temperature, run.tick)
+        real = real_returns(agent, replay, charged, s) if s.grounding else None
+        log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
         logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
-    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]} | {"dream/horizon": horizon, "dream/caution": caution}
+    means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+    return means | {"dream/horizon": horizon, "dream/caution": caution, "dream/good": good}
+
+
+@torch.no_grad()
+def real_returns(agent: Agent, replay: Replay, charged, s: Settings, number: int = 256, length: int = 64) -> tuple[Tensor, Tensor]:
+    """Observations (K, O) on `number` pieces of real episodes and their lambda-returns (K). They ground the critic: what a model gets wrong, such
+    as which touches of the ground are survived, it learns from what came of them (model-based value expansion: Feinberg et al., 2018)."""
+    steps, valid = replay.excerpts(number, length)
+    _, returns = compute_gae(charged(steps), agent.value(steps.obs), agent.value(steps.next_obs), s.gamma, s.gae_lambda)
+    return steps.obs[valid], returns[valid]
 
 
 def fates(rollout: Rollout) -> dict[str, float]:
@@ -480,28 +503,11 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
     return rollout
 
 
-class Explorer(nn.Module):
-    """The agent in the real environment. It goes where its policy leads, and from there now and then explores in a hot stretch
-    (first return, then explore: Ecoffet et al., 2021). An episode's hot stretches grow hotter: where nothing ever happens, such as hovering,
-    something has to. Every second episode is greedy at first: some rewards, such as those for lying still, come to no policy that draws."""
-
-    def __init__(self, agent: Agent, env: Environments, s: Settings):
-        super().__init__()
-        self.agent, self.env, self.settings = [agent], env, s  # in a list, so that the agent is not saved twice
-        self.register_buffer("temperature", torch.full((len(env.obs),), s.gather_temperature))
-        self.register_buffer("episode", torch.zeros(len(env.obs), dtype=torch.long))
-
-    def act(self, obs: Tensor) -> Tensor:
-        """(N, O) -> actions (N); hot are those whose temperature is not the usual one."""
-        s, agent, age, cold = self.settings, self.agent[0], self.env.age(), self.temperature == self.settings.gather_temperature
-        change = torch.rand(len(obs)) < torch.where(cold, (s.hot_temperature > 0) / s.hot_every, 1 / s.hot_steps)
-        heat = s.hot_temperature * (1 + age / s.hot_every)  # the longer an episode lasts, the hotter
-        self.temperature = torch.where(change, torch.where(cold, heat, s.gather_temperature), self.temperature)
-        self.temperature = torch.where(self.env.first, s.gather_temperature, self.temperature)
-        self.episode += self.env.first
-        greedy = (self.episode % 2 == 1) & (age < s.greedy_steps)
-        drawn = agent.act(obs.to(s.device), self.temperature[:, None].to(s.device))
-        return torch.where(greedy, agent.greedy(obs).cpu(), drawn.cpu())
+def explore(agent: Agent, env: Environments, s: Settings, obs: Tensor) -> Tensor:
+    """(N, O) -> actions (N) in the real environment. Every second episode is greedy: some rewards, such as for lying still, come to no policy that draws."""
+    obs = obs.to(s.device)
+    greedy = (env.episode % 2 == 0) & s.gather_greedy
+    return torch.where(greedy, agent.greedy(obs).cpu(), agent.act(obs, s.gather_temperature).cpu())
 
 
 def train_mpc(run: "Run"):

@@ -181,6 +181,17 @@ class Replay:
         ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step T, still to come, has not ended
         return float(ended[-math.ceil(latest / ended.shape[1]) :].float().mean())
 
+    def share_good(self, latest: int) -> float:
+        """The share of the latest so many endings that ended well, with a positive reward; 0 before the first."""
+        last_rewards = self.steps.rewards[self.steps.terminated][-latest:]
+        return float((last_rewards > 0).sum()) / max(1, len(last_rewards))
+
+    def excerpts(self, number: int, length: int) -> tuple[Rollout, Tensor]:
+        """Random windows of `length` real steps, or as many as there are: fields (L, number, ...), and which steps lie in the first one's episode."""
+        (T, N), device = self.age.shape, self.age.device
+        length = min(length, T)
+        return self.window(torch.randint(T - length + 1, (number,), device=device), torch.randint(N, (number,), device=device), 0, length)
+
     def rare(self, binary: Tensor, reach: int) -> Tensor:
         """(T, N): steps within `reach` of something rare in their own episode: an ending, a flip of a binary column, an extreme reward (1 %)."""
         low, high = quantiles(self.steps.rewards, 0.005, 0.995)

@@ -15,18 +15,19 @@ from ppo_mbrl import (
     PPO_INFO,
     Agent,
     Environments,
-    Explorer,
     ReturnScale,
     Settings,
     compute_gae,
+    explore,
     fates,
     outcome,
     pack,
     ppo_loss,
     ppo_update,
+    real_returns,
     unpack,
 )
-from world_model import Rollout, UsageError
+from world_model import Replay, Rollout, UsageError, flatten
 
 # --------------------------------------------------------------------------------------------------------------- advantages
 
@@ -378,40 +379,76 @@ def test_a_run_is_called_what_its_curve_shows(curve, final, expected):
 # ----------------------------------------------------------------------------------------------------------------- exploring
 
 
-def test_hot_stretches_come_as_often_and_last_as_long_as_is_asked_and_grow_with_the_episode():
-    s = Settings(env_id="MountainCar-v0", gather_temperature=0.5, hot_temperature=2.0, hot_every=40.0, hot_steps=10.0)
-    env = Environments(s.env_id, 50, 0)  # its episodes last 200 steps
-    explorer, heat, ages = Explorer(Agent(2, 3, 8), env, s), [], []
+@pytest.mark.parametrize("asked", [True, False])
+def test_every_second_episode_is_greedy_if_that_is_asked_and_others_never(asked):
+    s = Settings(env_id="MountainCar-v0", gather_greedy=asked, gather_limit=20)
+    env, agent = Environments(s.env_id, 50, 0, s.gather_limit), Agent(2, 3, 8)
     torch.manual_seed(0)
-    for _ in range(400):
-        ages.append(torch.tensor([len(actions) for _, actions in env.past]))
-        env.step(explorer.act(env.obs))
-        heat.append(explorer.temperature)
-    heat, ages = torch.stack(heat), torch.stack(ages)
-    hot = heat != 0.5
-    assert not hot[ages == 0].any()
-    began, ended = ~hot[:-1] & hot[1:] & (ages[1:] > 0), hot[:-1] & ~hot[1:] & (ages[1:] > 0)
-    assert float(began.sum() / (~hot[:-1]).sum()) == pytest.approx(1 / 40, rel=0.2)
-    assert float(ended.sum() / (hot[:-1] & (ages[1:] > 0)).sum()) == pytest.approx(1 / 10, rel=0.2)
-    unscaled = heat[1:][began] / (1 + ages[1:][began] / 40)
-    assert {round(float(x), 3) for x in unscaled} == {2.0}
-
-
-def test_every_second_episode_is_greedy_for_as_long_as_is_asked_and_others_never():
-    s = Settings(env_id="MountainCar-v0", greedy_steps=150)
-    env = Environments(s.env_id, 20, 0)  # its episodes last 200 steps
-    agent = Agent(2, 3, 8)
-    explorer, same, ages, episodes = Explorer(agent, env, s), [], [], []
-    torch.manual_seed(0)
-    episode = torch.zeros(20)
-    for _ in range(800):
-        episode += env.first
-        ages.append(env.age()), episodes.append(episode.clone())
-        actions = explorer.act(env.obs)
-        same.append(actions == agent.greedy(env.obs))
+    same = {0: [], 1: []}
+    for step in range(100):
+        assert (env.episode == 1 + step // 20).all()
+        actions = explore(agent, env, s, env.obs)
+        same[1 + step // 20 & 1].append(actions == agent.greedy(env.obs))
         env.step(actions)
-    same, ages, episodes = torch.stack(same), torch.stack(ages), torch.stack(episodes)
-    greedy = (episodes % 2 == 1) & (ages < 150)
-    assert greedy.float().mean() == pytest.approx(3 / 8, abs=0.01)
-    assert same[greedy].all()
-    assert same[~greedy].float().mean() == pytest.approx(1 / 3, abs=0.05)  # a new policy of three actions is almost uniform
+    even, odd = (float(torch.stack(same[k]).float().mean()) for k in (0, 1))
+    assert (even == 1.0) == asked and 0.25 < odd < 0.6  # of three actions
+
+
+def test_episodes_are_left_at_the_limit_and_ended_ones_are_not_called_left():
+    env, free = Environments("CartPole-v1", 8, 3, limit=15), Environments("CartPole-v1", 8, 3)
+    torch.manual_seed(1)
+    age, left, ended = torch.zeros(8).long(), 0, 0
+    together = torch.ones(8, dtype=torch.bool)  # no episode has been left yet
+    for _ in range(200):
+        actions = torch.randint(2, (8,))
+        ours, theirs = env.step(actions), free.step(actions)
+        age += 1
+        assert torch.equal(ours[3], (age >= 15) & ~ours[2])
+        assert all(torch.equal(x[together], y[together]) for x, y in zip(ours[:3], theirs[:3]))
+        together &= ~ours[3]
+        age[ours[2] | ours[3]] = 0
+        left, ended = left + int(ours[3].sum()), ended + int(ours[2].sum())
+    assert left > 20 and ended > 20
+
+
+# ------------------------------------------------------------------------------------------------------------------ real returns
+
+
+def test_the_critic_is_shown_what_really_came_of_real_steps():
+    """Against the definition of the lambda-return, step by step, with an episode that ends, one that is left and one that goes on."""
+    torch.manual_seed(0)
+    T, gamma, lam = 30, 0.9, 0.8
+    terminated, truncated = torch.zeros(2, T, 1, dtype=torch.bool)
+    terminated[9], truncated[19] = True, True
+    obs = torch.randn(T + 1, 1, 2)
+    replay = Replay(1, 2, 10)
+    replay.add(Rollout(obs[:-1], torch.zeros(T, 1).long(), torch.randn(T, 1), obs[1:], terminated, truncated))
+    agent, s = Agent(2, 3, 8), Settings(gamma=gamma, gae_lambda=lam)
+    seen, returns = real_returns(agent, replay, lambda steps: steps._replace(rewards=2 * steps.rewards), s, number=500, length=8)
+    value = lambda x: float(agent.value(x).detach())  # noqa: E731
+
+    def lambda_return(t: int, last: int) -> float:
+        reward, after = 2 * float(replay.steps.rewards[t, 0]), value(obs[t + 1, 0])
+        if terminated[t]:
+            return reward
+        if truncated[t] or t == last:
+            return reward + gamma * after
+        return reward + gamma * ((1 - lam) * after + lam * lambda_return(t + 1, last))
+
+    assert {int((obs[:, 0] == x).all(-1).nonzero()) for x in seen} == set(range(T))
+    for x, y in zip(seen, returns):
+        t = int((obs[:, 0] == x).all(-1).nonzero())
+        assert min(abs(float(y) - lambda_return(t, last)) for last in range(t, min(t + 8, T))) < 1e-5
+
+
+def test_real_steps_move_the_critic_and_not_the_policy():
+    torch.manual_seed(0)
+    agent, s = Agent(2, 3, 8), Settings(lr=1e-2, epochs=200, minibatch=64, entropy_coef=0.0, value_coef=1.0, grounding=1.0)
+    still = Rollout(torch.zeros(8, 8, 2), torch.zeros(8, 8).long(), torch.zeros(8, 8), torch.zeros(8, 8, 2), *torch.ones(2, 8, 8).bool())
+    before = agent.actor[0].weight.detach().clone()
+    real = torch.ones(50, 2), torch.full((50,), 3.0)
+    ppo_update(agent, torch.optim.Adam([flatten(agent)], lr=s.lr), still, s, real=real)
+    assert float(agent.value(torch.ones(2))) == pytest.approx(3, abs=0.2) and float(agent.value(torch.zeros(2))) == pytest.approx(
+        0, abs=0.2
+    )
+    assert torch.allclose(agent.actor[0].weight, before, atol=1e-6)

@@ -165,13 +165,7 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_sentence(tmp_path, mo
     assert train(tmp_path) == 0
     path = newest(tmp_path)
     tensors, state = world_model.read_checkpoint(path)
-    renamed = (
-        state.replace('"explorer"', '"wanderer"'),
-        state.replace("actor.0.weight", "actor.weight", 1),
-        "[]",
-        '{"agent": 1}',
-        "[" * 9999,
-    )
+    renamed = (state.replace('"scale"', '"ladder"'), state.replace("actor.0.weight", "actor.weight", 1), "[]", '{"agent": 1}', "[" * 9999)
     for text in renamed:
         forge(path, save(tensors, {"state": text}))
         before = contents(tmp_path)

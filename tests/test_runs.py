@@ -139,14 +139,14 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_temperature=0.01, hot_temperature=3.0, greedy_steps=0, caution_steps=0),
+        dict(gather_temperature=0.01, gather_greedy=False, gather_limit=7, caution_steps=0, grounding=0.0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
         dict(wm_binary=False, wm_margin=0.0, wm_autoencoder_window=9, uncertainty="autoencoder"),
         dict(wm_updates=0),
-        dict(gamma=1.0, gae_lambda=1.0, entropy_coef=0.0, clip=0.0, wm_layers=1),
-        dict(hot_temperature=0.0, beginnings=1.0, rare=0.0),
+        dict(gamma=1.0, good_gamma=1.0, gae_lambda=1.0, good_lambda=0.0, entropy_coef=0.0, clip=0.0, wm_layers=1),
+        dict(gather_limit=0, beginnings=1.0, rare=0.0),
     ],
     ids=lambda choice: " ".join(flags(choice)),
 )
@@ -211,8 +211,8 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
     assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [2, 10, 2, 2]
 
 
-@pytest.mark.parametrize("caution, charged", [(0, -100.0), (40, -25.0)])
-def test_policies_are_charged_what_is_lost_where_a_dream_ends_by_the_share_of_steps_whose_episode_ended(caution, charged, monkeypatch):
+@pytest.mark.parametrize("caution, good, charged", [(0, 0.0, -100.0), (40, 0.0, -25.0), (40, 0.2, -25.0), (40, 0.5, -50.0)])
+def test_policies_are_charged_what_is_lost_where_a_dream_ends_as_far_as_real_episodes_end_or_end_well(caution, good, charged, monkeypatch):
     ended = torch.tensor([[False], [True], [True]])
     rollout = Rollout(
         torch.zeros(3, 1, 2), torch.zeros(3, 1).long(), torch.tensor([[-2.0], [5.0], [-100.0]]), torch.zeros(3, 1, 2), ended, ended
@@ -220,11 +220,24 @@ def test_policies_are_charged_what_is_lost_where_a_dream_ends_by_the_share_of_st
     given = []
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     monkeypatch.setattr(ppo_mbrl, "collect", lambda *_: rollout)
-    monkeypatch.setattr(ppo_mbrl, "ppo_update", lambda agent, optimizer, rollout, *_: given.append(rollout.rewards[:, 0].tolist()) or {})
-    run = types.SimpleNamespace(settings=Settings(caution_steps=caution, rounds=1), temperature=float, tick=None, imagined_steps=0)
-    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest])
+    real = torch.zeros(1, 2), torch.zeros(1)
+    monkeypatch.setattr(
+        ppo_mbrl, "real_returns", lambda agent, replay, charged, s: real if charged(rollout).rewards[2] == charged_with else None
+    )
+    update = lambda agent, optimizer, rollout, s, *rest: given.append((rollout.rewards[:, 0].tolist(), s, rest[-1])) or {}  # noqa: E731
+    monkeypatch.setattr(ppo_mbrl, "ppo_update", update)
+    s, charged_with = (
+        Settings(caution_steps=caution, rounds=1, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0),
+        charged,
+    )
+    run = types.SimpleNamespace(settings=s, temperature=float, tick=None, imagined_steps=0)
+    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest], share_good=lambda latest: good)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards)
-    assert given == [[-2.0, 5.0, charged]] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
+    [(rewards, used, seen)] = given
+    assert rewards == [-2.0, 5.0, charged] and seen is (real if good else None)
+    assert [used.gamma, used.gae_lambda] == pytest.approx({0: [0.9, 0.8], 0.2: [0.93690, 0.77026], 0.5: [0.96838, 0.71716]}[good], abs=1e-4)
+    assert used.grounding == pytest.approx(3 * good)
+    assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
 
 
 @pytest.mark.parametrize("mode", ["simple", "ppo", "mpc"])
@@ -255,9 +268,9 @@ def interrupted_after(monkeypatch, ticks: int):
 
 
 RUNS = {
-    "simple": dict(total_steps=180, hot_every=5.0, hot_steps=5.0),
+    "simple": dict(total_steps=180, gather_limit=25),
     "gru and both": dict(
-        total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, hot_every=5.0, hot_steps=5.0, realign=3
+        total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, gather_limit=25, realign=3
     ),
     "ppo": dict(mode="ppo", num_envs=3, total_steps=540, temperature_end=0.5),
     "mpc": dict(mode="mpc", total_steps=150),
@@ -520,7 +533,7 @@ def test_a_run_is_named_after_what_differs_from_the_defaults():
     name = lambda **given: str(Settings.resolve(given).folder())  # noqa: E731
     assert name() == "runs/LunarLander-v3/simple/seed_0"
     assert name(mode="ppo", seed=3, total_steps=5) == "runs/LunarLander-v3/ppo/seed_3"
-    assert name(wm_target="ode", gamma=0.998) == "runs/LunarLander-v3/simple_wm_target=ode/seed_0"
+    assert name(wm_target="ode", gamma=0.99) == "runs/LunarLander-v3/simple_wm_target=ode/seed_0"
     assert name(mode="ppo", gamma=0.99) == "runs/LunarLander-v3/ppo_gamma=0.99/seed_0"
 
 
@@ -540,7 +553,6 @@ BAD = {
     "huge seed": (dict(seed=10**400), "--seed must be between"),
     "device": (dict(device="nonsense"), "--device nonsense can't be used"),
     "shares": (dict(beginnings=0.8, rare=0.4), "more than 1"),
-    "hot temperature": (dict(hot_temperature=1e-4), "--hot-temperature must be 0 or at least"),
     "no config": (dict(config="/nowhere/x.json"), "can't be read as JSON"),
 }
 
@@ -592,7 +604,7 @@ def test_a_folder_with_other_settings_is_refused_and_left_alone(tmp_path, monkey
     capsys.readouterr()
     assert train(tmp_path, gamma=0.5, wm_target="ode", seed=1) == 2
     error = capsys.readouterr().err
-    for part in ("gamma was 0.998 and is now 0.5", "wm_target was 'delta' and is now 'ode'", "seed was 0 and is now 1"):
+    for part in ("gamma was 0.99 and is now 0.5", "wm_target was 'delta' and is now 'ode'", "seed was 0 and is now 1"):
         assert part in error
     assert error.count(" was ") == 3 and contents(tmp_path) == before
 
@@ -602,10 +614,10 @@ def test_a_folder_of_an_older_kit_with_fewer_settings_is_refused_with_a_sentence
     for folder in (tmp_path / "a", tmp_path / "b"):
         assert train(folder) == 0
         config = json.loads((folder / "config.json").read_text())
-        del config["hot_every"]
+        del config["gather_limit"]
         (folder / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert train(tmp_path / "a") == 2 and "hot_every was None and is now 100.0" in capsys.readouterr().err
+    assert train(tmp_path / "a") == 2 and "gather_limit was None and is now 400" in capsys.readouterr().err
     assert command(*flags(TINY | dict(run_dir=tmp_path / "b")), "--fresh") == 0
 
 

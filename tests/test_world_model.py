@@ -754,3 +754,13 @@ def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_t
     ways = [next((fate for fate in fates[t:] if fate != "goes on"), "goes on") for t in range(len(fates))]
     counted = [way == "ends" for way in ways][-latest:]
     assert replay.share_ended(latest) == pytest.approx(sum(counted) / len(counted))
+
+
+@pytest.mark.parametrize("latest, expected", [(1, 1.0), (2, 0.5), (3, 2 / 3), (10, 0.5)])
+def test_the_share_of_good_ones_among_the_latest_endings(latest, expected):
+    replay, ended = Replay(1, 1, 10), torch.tensor([0, 1, 0, 1, 1, 0, 1, 0]).bool()[:, None]
+    assert replay.share_good(latest) == 0
+    rewards = torch.tensor([5.0, -1, 5, 2, 0, 5, 3, 5])[:, None]
+    obs = torch.zeros(8, 1, 1)
+    replay.add(Rollout(obs, torch.zeros(8, 1).long(), rewards, obs, ended, torch.zeros_like(ended)))
+    assert replay.share_good(latest) == pytest.approx(expected)
