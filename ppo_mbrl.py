@@ -88,7 +88,7 @@ class Settings(ModelSettings):
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data.", 1e-3, 1e3, "Exploring")
     gather_greedy: bool = setting(True, "Every second real episode is greedy.", panel="Exploring")
-    gather_limit: int = setting(400, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
+    gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -452,9 +452,10 @@ def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, re
     and more on a critic that knows real episodes.
     """
     s, temperature, good = run.settings, run.temperature(), replay.share_good(10)
-    caution = max(replay.share_ended(s.caution_steps), good) if s.caution_steps else 1.0
-    gamma, gae_lambda = (1 - (1 - a) ** (1 - good) * (1 - b) ** good for a, b in ((s.gamma, s.good_gamma), (s.gae_lambda, s.good_lambda)))
-    s = replace(s, gamma=gamma, gae_lambda=gae_lambda, grounding=good * s.grounding)
+    ended = replay.share_ended(s.caution_steps) if s.caution_steps else 1.0
+    caution, sight = max(ended, good), max(1 - ended, good)
+    gamma = 1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight
+    s = replace(s, gamma=gamma, gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda), grounding=good * s.grounding)
 
     def charged(steps: Rollout) -> Rollout:
         punished = steps.terminated & (steps.rewards < 0)

@@ -211,33 +211,34 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
     assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [2, 10, 2, 2]
 
 
-@pytest.mark.parametrize("caution, good, charged", [(0, 0.0, -100.0), (40, 0.0, -25.0), (40, 0.2, -25.0), (40, 0.5, -50.0)])
-def test_policies_are_charged_what_is_lost_where_a_dream_ends_as_far_as_real_episodes_end_or_end_well(caution, good, charged, monkeypatch):
+@pytest.mark.parametrize(
+    "caution, good, charged, gamma, gae_lambda",
+    [
+        (0, 0.0, -100.0, 0.9, 0.8),  # endings count in full
+        (40, 0.0, -25.0, 0.98222, 0.8),  # a quarter of the steps ended: 1 - 0.1^(1/4) 0.01^(3/4)
+        (40, 0.5, -50.0, 0.98222, 0.7),
+        (40, 0.9, -90.0, 0.98741, 0.62),  # 1 - 0.1^0.1 0.01^0.9
+    ],
+)
+def test_what_dreams_charge_and_how_far_they_look_follows_how_real_episodes_end(caution, good, charged, gamma, gae_lambda, monkeypatch):
     ended = torch.tensor([[False], [True], [True]])
     rollout = Rollout(
         torch.zeros(3, 1, 2), torch.zeros(3, 1).long(), torch.tensor([[-2.0], [5.0], [-100.0]]), torch.zeros(3, 1, 2), ended, ended
     )
-    given = []
-    monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
-    monkeypatch.setattr(ppo_mbrl, "collect", lambda *_: rollout)
-    real = torch.zeros(1, 2), torch.zeros(1)
-    monkeypatch.setattr(
-        ppo_mbrl, "real_returns", lambda agent, replay, charged, s: real if charged(rollout).rewards[2] == charged_with else None
-    )
+    given, real = [], (torch.zeros(1, 2), torch.zeros(1))
     update = lambda agent, optimizer, rollout, s, *rest: given.append((rollout.rewards[:, 0].tolist(), s, rest[-1])) or {}  # noqa: E731
-    monkeypatch.setattr(ppo_mbrl, "ppo_update", update)
-    s, charged_with = (
-        Settings(caution_steps=caution, rounds=1, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0),
-        charged,
-    )
+    grounds = lambda agent, replay, charge, s: real if charge(rollout).rewards[2] == charged else None  # noqa: E731
+    for name, stand_in in dict(collect=lambda *_: rollout, ppo_update=update, real_returns=grounds).items():
+        monkeypatch.setattr(ppo_mbrl, name, stand_in)
+    monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
+    s = Settings(caution_steps=caution, rounds=1, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
     run = types.SimpleNamespace(settings=s, temperature=float, tick=None, imagined_steps=0)
     replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest], share_good=lambda latest: good)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards)
     [(rewards, used, seen)] = given
-    assert rewards == [-2.0, 5.0, charged] and seen is (real if good else None)
-    assert [used.gamma, used.gae_lambda] == pytest.approx({0: [0.9, 0.8], 0.2: [0.93690, 0.77026], 0.5: [0.96838, 0.71716]}[good], abs=1e-4)
-    assert used.grounding == pytest.approx(3 * good)
-    assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
+    assert rewards == [-2.0, 5.0, charged] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
+    assert [used.gamma, used.gae_lambda, used.grounding] == pytest.approx([gamma, gae_lambda, 3 * good], abs=1e-5)
+    assert seen is (real if good else None)
 
 
 @pytest.mark.parametrize("mode", ["simple", "ppo", "mpc"])
@@ -617,7 +618,7 @@ def test_a_folder_of_an_older_kit_with_fewer_settings_is_refused_with_a_sentence
         del config["gather_limit"]
         (folder / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert train(tmp_path / "a") == 2 and "gather_limit was None and is now 400" in capsys.readouterr().err
+    assert train(tmp_path / "a") == 2 and "gather_limit was None and is now 600" in capsys.readouterr().err
     assert command(*flags(TINY | dict(run_dir=tmp_path / "b")), "--fresh") == 0
 
 
