@@ -271,7 +271,7 @@ class Agent(nn.Module):
 
     def value(self, obs: Tensor) -> Tensor:
         """(..., O) -> (...)."""
-        return self.critic(self.normaliser(obs))[..., 0]
+        return self.critic(self.normaliser(obs)).squeeze(-1)
 
     @torch.inference_mode()
     def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -362,15 +362,16 @@ def ppo_loss(agent: Agent, obs, actions, old_logprobs, advantages, returns, s: S
 def ppo_update(
     agent: Agent, optimizer: torch.optim.Optimizer, rollout: Rollout, s: Settings, temperature=1.0, tick=lambda: None, real=None
 ) -> dict[str, float]:
-    """One PPO update on a rollout whose actions were drawn from `agent` at `temperature`. Returns means over all minibatches.
+    """One PPO update on a rollout whose actions were drawn from `agent` at `temperature`; `optimizer` updates flatten(agent).
 
-    From `real`, observations (K, O) and returns (K) of real steps, the critic learns as well.
+    From `real`, observations (K, O) and returns (K) of real steps, the critic learns as well. Returns means over all minibatches.
     """
     with torch.no_grad():
         logprobs = agent.logprobs(rollout.obs, temperature).gather(-1, rollout.actions[..., None])[..., 0]
         values, next_values = agent.value(rollout.obs), agent.value(rollout.next_obs)
         advantages, returns = compute_gae(rollout, values, next_values, s.gamma, s.gae_lambda)
     batch, infos = [x.flatten(0, 1) for x in (rollout.obs, rollout.actions, logprobs, advantages, returns)], []
+    (weights,) = optimizer.param_groups[0]["params"]
     for _ in range(s.epochs):
         order = torch.randperm(returns.numel(), device=returns.device)
         for minibatch in zip(*(x[order].split(s.minibatch) for x in batch)):
@@ -378,9 +379,9 @@ def ppo_update(
             if real is not None:
                 index = torch.randint(len(real[0]), (s.minibatch // 2,), device=returns.device)
                 loss = loss + s.grounding * s.value_coef * (agent.value(real[0][index]) - real[1][index]).square().mean() / 2
-            optimizer.zero_grad(set_to_none=False)
+            weights.grad.zero_()
             loss.backward()
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], s.max_grad_norm)
+            weights.grad[None].renorm_(2, 0, s.max_grad_norm)  # clips the global norm
             optimizer.step()
             infos.append(info)
             tick()
@@ -451,7 +452,8 @@ def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, re
     the data lacks. As they come to end well, losses count in full again, the policy looks further ahead, and its advantages rest less on long dreams
     and more on a critic that knows real episodes.
     """
-    s, temperature, good = run.settings, run.temperature(), replay.share_good(10)
+    s, temperature = run.settings, run.temperature()
+    good = replay.share_good(10, s.caution_steps or math.inf)
     ended = replay.share_ended(s.caution_steps) if s.caution_steps else 1.0
     caution, sight = max(ended, good), max(1 - ended, good)
     gamma = 1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight

@@ -96,7 +96,7 @@ def minibatches(monkeypatch, acting: float, learning: float) -> list[dict]:
         return ppo_loss(*args)
 
     monkeypatch.setattr(ppo_mbrl, "ppo_loss", recorded)
-    ppo_update(agent, torch.optim.Adam(agent.parameters(), 1e-2), rollout, Settings(minibatch=16, epochs=1), learning)
+    ppo_update(agent, torch.optim.Adam([flatten(agent)], 1e-2), rollout, Settings(minibatch=16, epochs=1), learning)
     assert len(infos) == 4
     return infos
 
@@ -167,6 +167,30 @@ def test_the_entropy_bonus_lowers_the_loss_when_entropy_rises():
     np.testing.assert_allclose(losses, -0.1 * np.array(entropies), atol=1e-9)
 
 
+@pytest.mark.parametrize("limit", [0.01, 1e6])
+def test_flattened_weights_are_stepped_and_clipped_like_torchs(limit):
+    updated, (x, actions), rollout = [], (torch.randn(16, 4, 3), torch.randint(4, (16, 4))), random_steps(16, 4, seed=1)
+    rollout = Rollout(x.double(), actions, rollout.rewards.double(), x.double(), rollout.terminated, rollout.truncated)
+    s = Settings(minibatch=64, epochs=1, max_grad_norm=limit)
+    for flat in (True, False):
+        agent = small_agent()
+        weights = [flatten(agent)] if flat else list(agent.parameters())
+        optimizer = torch.optim.SGD(weights, 0.1)
+        if flat:
+            ppo_update(agent, optimizer, rollout, s)
+        else:
+            with torch.no_grad():
+                old = agent.logprobs(rollout.obs).gather(-1, actions[..., None])[..., 0]
+                values, next_values = agent.value(rollout.obs), agent.value(rollout.next_obs)
+            advantages, returns = compute_gae(rollout, values, next_values, s.gamma, s.gae_lambda)
+            ppo_loss(agent, *(y.flatten(0, 1) for y in (rollout.obs, actions, old, advantages, returns)), s)[0].backward()
+            torch.nn.utils.clip_grad_norm_(weights, limit)
+            optimizer.step()
+        updated.append(agent.state_dict())
+    for name in updated[0]:
+        torch.testing.assert_close(updated[0][name], updated[1][name], rtol=1e-5, atol=1e-6)
+
+
 def test_an_update_makes_rewarded_actions_likelier():
     agent = small_agent()
     obs = torch.randn(64, 4, 3, dtype=torch.float64)
@@ -174,8 +198,9 @@ def test_an_update_makes_rewarded_actions_likelier():
     over = torch.ones(64, 4, dtype=torch.bool)
     rollout = Rollout(obs, actions, (actions == 2).double(), obs, over, ~over)
     before = agent.logprobs(obs).exp()[..., 2].mean()
+    weights = flatten(agent)
     for _ in range(10):
-        ppo_update(agent, torch.optim.Adam(agent.parameters(), 1e-3), rollout, Settings(minibatch=64, entropy_coef=0.0))
+        ppo_update(agent, torch.optim.Adam([weights], 1e-3), rollout, Settings(minibatch=64, entropy_coef=0.0))
     assert agent.logprobs(obs).exp()[..., 2].mean() > before + 0.05
 
 

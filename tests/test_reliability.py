@@ -515,7 +515,7 @@ def test_a_name_with_nul_is_refused_with_a_sentence(capsys):
 
 def put(patch, where: str, x: float):
     """From now on there is an x in one place of a run."""
-    step, update, fit, loss, clip = CartPoleEnv.step, ppo_mbrl.ppo_update, ppo_mbrl.fit, ppo_mbrl.ppo_loss, torch.nn.utils.clip_grad_norm_
+    step, update, fit, loss, clip = CartPoleEnv.step, ppo_mbrl.ppo_update, ppo_mbrl.fit, ppo_mbrl.ppo_loss, torch.Tensor.renorm_
     dream = world_model.Dream.step
 
     def poison(tensor):
@@ -547,7 +547,7 @@ def put(patch, where: str, x: float):
         "obs": (CartPoleEnv, "step", obs),
         "reward": (CartPoleEnv, "step", lambda self, action: (*(r := step(self, action))[:1], x, *r[2:])),
         "loss": (ppo_mbrl, "ppo_loss", lambda *args: ((value := loss(*args))[0] + x, value[1])),
-        "gradient": (torch.nn.utils, "clip_grad_norm_", lambda p, *rest: clip(p := list(p), *rest) and poison(p[0].grad)),
+        "gradient": (torch.Tensor, "renorm_", lambda gradient, *rest: poison(clip(gradient, *rest))),
         "policy": (ppo_mbrl, "ppo_update", updated),
         "model": (ppo_mbrl, "fit", fitted),
         "dreamed reward": (world_model.Dream, "step", moved),

@@ -233,7 +233,7 @@ def test_what_dreams_charge_and_how_far_they_look_follows_how_real_episodes_end(
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     s = Settings(caution_steps=caution, rounds=1, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
     run = types.SimpleNamespace(settings=s, temperature=float, tick=None, imagined_steps=0)
-    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest], share_good=lambda latest: good)
+    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest], share_good=lambda latest, fade: good)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards)
     [(rewards, used, seen)] = given
     assert rewards == [-2.0, 5.0, charged] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss

@@ -756,11 +756,14 @@ def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_t
     assert replay.share_ended(latest) == pytest.approx(sum(counted) / len(counted))
 
 
-@pytest.mark.parametrize("latest, expected", [(1, 1.0), (2, 0.5), (3, 2 / 3), (10, 0.5)])
-def test_the_share_of_good_ones_among_the_latest_endings(latest, expected):
-    replay, ended = Replay(1, 1, 10), torch.tensor([0, 1, 0, 1, 1, 0, 1, 0]).bool()[:, None]
-    assert replay.share_good(latest) == 0
-    rewards = torch.tensor([5.0, -1, 5, 2, 0, 5, 3, 5])[:, None]
-    obs = torch.zeros(8, 1, 1)
-    replay.add(Rollout(obs, torch.zeros(8, 1).long(), rewards, obs, ended, torch.zeros_like(ended)))
-    assert replay.share_good(latest) == pytest.approx(expected)
+@pytest.mark.parametrize(
+    "latest, fade, expected", [(1, 9, 1.0), (2, 9, 0.5), (3, 9, 2 / 3), (10, 9, 0.5), (1, 3, 1.0), (1, 2, 0.5), (1, 1.5, 0.0)]
+)
+def test_the_share_of_good_ones_among_the_latest_endings_fades_where_nothing_ends(latest, fade, expected):
+    replay, ended = Replay(1, 1, 10), torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0]).bool()[:, None]
+    rewards = torch.tensor([5.0, -1, 5, 2, 0, 5, 3, 5, 5, 5])[:, None]
+    obs = torch.zeros(10, 1, 1)
+    replay.add(Rollout(obs[:1], torch.zeros(1, 1).long(), rewards[:1], obs[:1], ended[:1], ended[:1]))
+    assert replay.share_good(latest, fade) == 0
+    replay.add(Rollout(obs[1:], torch.zeros(9, 1).long(), rewards[1:], obs[1:], ended[1:], torch.zeros(9, 1).bool()))
+    assert replay.share_good(latest, fade) == pytest.approx(expected)
