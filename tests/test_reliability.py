@@ -546,7 +546,7 @@ def put(patch, where: str, x: float):
     targets = {
         "obs": (CartPoleEnv, "step", obs),
         "reward": (CartPoleEnv, "step", lambda self, action: (*(r := step(self, action))[:1], x, *r[2:])),
-        "loss": (ppo_mbrl, "ppo_loss", lambda *args: ((value := loss(*args))[0] + x, value[1])),
+        "loss": (ppo_mbrl, "ppo_loss", lambda *args: [value + x for value in loss(*args)]),
         "gradient": (torch.Tensor, "renorm_", lambda gradient, *rest: poison(clip(gradient, *rest))),
         "policy": (ppo_mbrl, "ppo_update", updated),
         "model": (ppo_mbrl, "fit", fitted),
