@@ -328,10 +328,10 @@ def compute_gae(rollout: Rollout, values: Tensor, next_values: Tensor, gamma: fl
     """
     delta = rollout.rewards + gamma * next_values * ~rollout.terminated - values
     goes_on = gamma * gae_lambda * ~(rollout.terminated | rollout.truncated)
-    advantages, advantage = torch.empty_like(delta), torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        advantage = delta[t] + goes_on[t] * advantage
-        advantages[t] = advantage
+    advantages = [torch.zeros_like(delta[0])]
+    for now, weight in zip(delta.flip(0), goes_on.flip(0)):
+        advantages.append(torch.addcmul(now, weight, advantages[-1]))
+    advantages = torch.stack(advantages[1:]).flip(0)
     return advantages, advantages + values
 
 
