@@ -109,6 +109,7 @@ class Settings(ModelSettings):
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution_steps: int = setting(1000, "Dreams charge the negative reward of an ending by the share of the latest so many real steps whose episode ended, or of good endings; 0: in full.", 0, 10**9, "Dreams")
+    renew_steps: int = setting(2000, "The agent begins anew, with three times the rounds, where nothing has ended for so many real steps; 0: never.", 0, 10**9, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
@@ -434,7 +435,8 @@ def train_simple(run: "Run"):
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
-        log |= dream_and_improve(run, agent, optimizer, model, replay, scale)
+        renewed = renew_if_stuck(agent, optimizer, replay, rollout.actions.numel(), s)
+        log |= dream_and_improve(run, agent, optimizer, model, replay, scale, s.rounds * (3 if renewed else 1))
         run.end_iteration(log)
 
 
@@ -445,7 +447,20 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
     return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
 
 
-def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale) -> dict:
+def renew_if_stuck(agent: Agent, optimizer, replay: Replay, news: int, s: Settings) -> bool:
+    """Where nothing has ended for a multiple of `renew_steps` real steps, as when the policy hovers, the agent begins anew, without the habits of an
+    agent that grew up in a poorer model (the primacy bias: Nikishin et al., 2022). `news` is how many steps were gathered since this was last asked."""
+    since = replay.since_ended()
+    stuck = s.renew_steps > 0 and since // s.renew_steps > max(0, since - news) // s.renew_steps
+    if stuck:
+        fresh = Agent(agent.actor[0].in_features, agent.actor[-1].out_features, s.hidden)
+        fresh.normaliser.load_state_dict(agent.normaliser.state_dict())
+        agent.load_state_dict(fresh.state_dict())
+        optimizer.state.clear()
+    return stuck
+
+
+def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale, rounds: int) -> dict:
     """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds.
 
     First find a good ending, then make it safe. Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what
@@ -465,7 +480,7 @@ def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, re
 
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
     dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), []
-    for _ in range(s.rounds):
+    for _ in range(rounds):
         rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
         run.imagined_steps += rollout.actions.numel()
         real = real_returns(agent, replay, charged, s) if s.grounding else None

@@ -139,7 +139,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_temperature=0.01, gather_greedy=False, gather_limit=7, caution_steps=0, grounding=0.0),
+        dict(gather_temperature=0.01, gather_greedy=False, gather_limit=7, caution_steps=0, renew_steps=0, grounding=0.0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
@@ -231,10 +231,10 @@ def test_what_dreams_charge_and_how_far_they_look_follows_how_real_episodes_end(
     for name, stand_in in dict(collect=lambda *_: rollout, ppo_update=update, real_returns=grounds).items():
         monkeypatch.setattr(ppo_mbrl, name, stand_in)
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
-    s = Settings(caution_steps=caution, rounds=1, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
+    s = Settings(caution_steps=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
     run = types.SimpleNamespace(settings=s, temperature=float, tick=None, imagined_steps=0)
     replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest], share_good=lambda latest, fade: good)
-    log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards)
+    log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, 1)
     [(rewards, used, seen)] = given
     assert rewards == [-2.0, 5.0, charged] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
     assert [used.gamma, used.gae_lambda, used.grounding] == pytest.approx([gamma, gae_lambda, 3 * good], abs=1e-5)
@@ -269,7 +269,7 @@ def interrupted_after(monkeypatch, ticks: int):
 
 
 RUNS = {
-    "simple": dict(total_steps=180, gather_limit=25),
+    "simple": dict(total_steps=180, gather_limit=25, renew_steps=40),
     "gru and both": dict(
         total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, gather_limit=25, realign=3
     ),
