@@ -109,7 +109,7 @@ class Settings(ModelSettings):
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution_steps: int = setting(1000, "Dreams charge the negative reward of an ending by the share of the latest so many real steps whose episode ended, or of good endings; 0: in full.", 0, 10**9, "Dreams")
-    renew_steps: int = setting(2000, "The agent begins anew, with three times the rounds, where nothing has ended for so many real steps; 0: never.", 0, 10**9, "Dreams")
+    renew_steps: int = setting(2000, "As long as no real episode ends well, the agent begins anew every so many real steps, with three times the rounds; 0: never.", 0, 10**9, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
@@ -435,8 +435,11 @@ def train_simple(run: "Run"):
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
-        renewed = renew_if_stuck(agent, optimizer, replay, rollout.actions.numel(), s)
-        log |= dream_and_improve(run, agent, optimizer, model, replay, scale, s.rounds * (3 if renewed else 1))
+        good = replay.share_good(10, s.caution_steps or math.inf)
+        stuck = good == 0 and s.renew_steps and run.real_steps // s.renew_steps > run.saved["real_steps"] // s.renew_steps
+        if stuck:
+            renew(agent, optimizer)
+        log |= dream_and_improve(run, agent, optimizer, model, replay, scale, good, s.rounds * (3 if stuck else 1))
         run.end_iteration(log)
 
 
@@ -447,20 +450,17 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
     return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
 
 
-def renew_if_stuck(agent: Agent, optimizer, replay: Replay, news: int, s: Settings) -> bool:
-    """Where nothing has ended for a multiple of `renew_steps` real steps, as when the policy hovers, the agent begins anew, without the habits of an
-    agent that grew up in a poorer model (the primacy bias: Nikishin et al., 2022). `news` is how many steps were gathered since this was last asked."""
-    since = replay.since_ended()
-    stuck = s.renew_steps > 0 and since // s.renew_steps > max(0, since - news) // s.renew_steps
-    if stuck:
-        fresh = Agent(agent.actor[0].in_features, agent.actor[-1].out_features, s.hidden)
-        fresh.normaliser.load_state_dict(agent.normaliser.state_dict())
-        agent.load_state_dict(fresh.state_dict())
-        optimizer.state.clear()
-    return stuck
+def renew(agent: Agent, optimizer: torch.optim.Optimizer):
+    """The agent begins anew, without the habits it took on in poorer models (the primacy bias: Nikishin et al., 2022), and keeps its normaliser."""
+    fresh = Agent(agent.actor[0].in_features, agent.actor[-1].out_features, agent.actor[0].out_features)
+    fresh.normaliser.load_state_dict(agent.normaliser.state_dict())
+    agent.load_state_dict(fresh.state_dict())
+    optimizer.state.clear()
 
 
-def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale, rounds: int) -> dict:
+def dream_and_improve(
+    run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale, good: float, rounds: int
+) -> dict:
     """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds.
 
     First find a good ending, then make it safe. Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what
@@ -468,7 +468,6 @@ def dream_and_improve(run: "Run", agent: Agent, optimizer, model: WorldModel, re
     and more on a critic that knows real episodes.
     """
     s, temperature = run.settings, run.temperature()
-    good = replay.share_good(10, s.caution_steps or math.inf)
     ended = replay.share_ended(s.caution_steps) if s.caution_steps else 1.0
     caution, sight = max(ended, good), max(1 - ended, good)
     gamma = 1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight

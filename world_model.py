@@ -181,16 +181,14 @@ class Replay:
         ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step T, still to come, has not ended
         return float(ended[-math.ceil(latest / ended.shape[1]) :].float().mean())
 
-    def since_ended(self) -> int:
-        """Real steps since the last ending, or since the first step of all."""
-        (T, N), time = self.steps.terminated.shape, self.steps.terminated.nonzero()[:, 0]
-        return (T - 1 - int(time[-1]) if len(time) else T) * N
-
     def share_good(self, latest: int, fade: float) -> float:
-        """The share of the latest so many endings that ended well, with a positive reward. It fades where nothing ends any more: to zero, from `fade`
-        to twice as many real steps after the last ending."""
-        last_rewards = self.steps.rewards[self.steps.terminated][-latest:]
-        return float((last_rewards > 0).sum()) / max(1, len(last_rewards)) * min(1.0, max(0.0, 2 - self.since_ended() / fade))
+        """The share of the latest so many endings that ended well: with at least the mean reward. It fades where nothing ends any more, as when
+        hovering: to zero, from `fade` to twice as many real steps after the last ending."""
+        time, last_rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards[self.steps.terminated][-latest:]
+        if not len(time):
+            return 0.0
+        since = (len(self.age) - 1 - int(time[-1])) * self.age.shape[1]
+        return float((last_rewards >= self.steps.rewards.mean()).float().mean()) * min(1.0, max(0.0, 2 - since / fade))
 
     def excerpts(self, number: int, length: int) -> tuple[Rollout, Tensor]:
         """Random windows of `length` real steps, or as many as there are: fields (L, number, ...), and which steps lie in the first one's episode."""

@@ -25,7 +25,7 @@ from ppo_mbrl import (
     ppo_loss,
     ppo_update,
     real_returns,
-    renew_if_stuck,
+    renew,
     unpack,
 )
 from world_model import Replay, Rollout, UsageError, flatten
@@ -483,27 +483,19 @@ def test_real_steps_move_the_critic_and_not_the_policy():
 # ---------------------------------------------------------------------------------------------------------------- beginning anew
 
 
-def test_the_agent_begins_anew_each_time_nothing_has_ended_for_so_many_steps_and_keeps_its_normaliser():
+def test_an_agent_that_begins_anew_keeps_nothing_but_its_normaliser():
     torch.manual_seed(0)
-    agent, replay, s, renewals = Agent(2, 3, 8), Replay(2, 2, 10), Settings(renew_steps=30, hidden=8), []
+    agent = Agent(2, 3, 8)
     agent.normaliser.fit(torch.randn(9, 2))
-    scales, optimizer = agent.normaliser.state_dict(), torch.optim.Adam([flatten(agent)])
-    for i in range(20):  # four steps of two environments at a time; one ending, in step 40 of 80
-        ended = torch.zeros(4, 2, dtype=torch.bool)
-        ended[3, 1] = i == 9
-        obs = torch.randn(4, 2, 2)
-        replay.add(Rollout(obs, torch.zeros(4, 2).long(), torch.zeros(4, 2), obs, ended, torch.zeros_like(ended)))
-        assert replay.since_ended() == (8 * (i + 1) if i < 9 else 8 * (i - 9))
-        agent.value(obs).sum().backward()
-        optimizer.step()
-        before = {name: x.clone() for name, x in agent.state_dict().items()}
-        if renew_if_stuck(agent, optimizer, replay, 8, s):
-            renewals.append(i)
-            assert not optimizer.state and not any(
-                torch.equal(before[name], agent.state_dict()[name]) for name in before if "actor" in name and "weight" in name
-            )
-        else:
-            assert optimizer.state and all(torch.equal(before[name], x) for name, x in agent.state_dict().items())
-        assert all(torch.equal(x, agent.normaliser.state_dict()[name]) for name, x in scales.items())
-    assert renewals == [3, 7, 13, 17]  # 32 and 64 steps after the first step, and after the ending
-    assert not renew_if_stuck(agent, optimizer, replay, 8, Settings(renew_steps=0, hidden=8))
+    optimizer = torch.optim.Adam([flatten(agent)], lr=0.1)
+    agent.value(torch.randn(5, 2)).sum().backward()
+    optimizer.step()
+    before = {name: x.clone() for name, x in agent.state_dict().items()}
+    renew(agent, optimizer)
+    after = agent.state_dict()
+    assert not optimizer.state
+    assert all(torch.equal(before[name], after[name]) == name.startswith("normaliser") for name in before if not name.endswith("bias"))
+    assert all(not after[name].any() for name in before if name.endswith("bias"))  # as at the very beginning
+    agent.value(torch.ones(5, 2)).sum().backward()
+    optimizer.step()
+    assert torch.equal(torch.cat([p.flatten() for p in agent.parameters()]), optimizer.param_groups[0]["params"][0])  # still one vector

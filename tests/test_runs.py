@@ -233,12 +233,26 @@ def test_what_dreams_charge_and_how_far_they_look_follows_how_real_episodes_end(
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     s = Settings(caution_steps=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
     run = types.SimpleNamespace(settings=s, temperature=float, tick=None, imagined_steps=0)
-    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest], share_good=lambda latest, fade: good)
-    log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, 1)
+    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest])
+    log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, good, 1)
     [(rewards, used, seen)] = given
     assert rewards == [-2.0, 5.0, charged] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
     assert [used.gamma, used.gae_lambda, used.grounding] == pytest.approx([gamma, gae_lambda, 3 * good], abs=1e-5)
     assert seen is (real if good else None)
+
+
+@pytest.mark.parametrize("good, renewals", [(0.0, 3), (0.1, 0)])
+def test_as_long_as_nothing_ends_well_the_agent_begins_anew_every_so_many_steps(good, renewals, tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    seen = []
+    monkeypatch.setattr(world_model.Replay, "share_good", lambda *_: good)
+    monkeypatch.setattr(ppo_mbrl, "renew", lambda agent, optimizer: seen.append(agent))
+    assert train(tmp_path, total_steps=180, renew_steps=50) == 0
+    rows = rows_of(tmp_path)
+    crossed = [a["real_steps"] // 50 < b["real_steps"] // 50 for a, b in zip(rows, rows[1:])]
+    assert len(seen) == renewals and sum(crossed) == 3
+    imagined = [b["imagined_steps"] - a["imagined_steps"] for a, b in zip(rows, rows[1:])]
+    assert imagined == [40 * (3 if here and renewals else 1) for here in crossed]
 
 
 @pytest.mark.parametrize("mode", ["simple", "ppo", "mpc"])

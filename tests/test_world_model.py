@@ -761,7 +761,7 @@ def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_t
 )
 def test_the_share_of_good_ones_among_the_latest_endings_fades_where_nothing_ends(latest, fade, expected):
     replay, ended = Replay(1, 1, 10), torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0]).bool()[:, None]
-    rewards = torch.tensor([5.0, -1, 5, 2, 0, 5, 3, 5, 5, 5])[:, None]
+    rewards = torch.tensor([1.0, -1, 1, 2, 0, 1, 3, 1, 1, 1])[:, None]  # 1 on average
     obs = torch.zeros(10, 1, 1)
     replay.add(Rollout(obs[:1], torch.zeros(1, 1).long(), rewards[:1], obs[:1], ended[:1], ended[:1]))
     assert replay.share_good(latest, fade) == 0
