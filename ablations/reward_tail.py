@@ -42,6 +42,7 @@ STUDY = Study(
     shared=dict(mode="simple", total_steps=10_000),
     tests=[Often("article's model", "rare_is_worse"), More("article's model", "default", "error_of_rare")],
     metric="error_of_rare",
+    costs=("error_of_rare",),
     minutes={"default": 2.5, "article's model": 1.2},
     measure=torch.no_grad()(relative_errors),
 )

@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,7 @@ class Study:
     seeds: str = "0-9"
     minutes: float | dict[str, float] = 2.5  # CPU time of one run, as expected; by arm where they differ
     metric: str = "final_return_mean"  # what the tables and the picture show
+    costs: tuple[str, ...] = ("fall",)  # numbers of which less is better
     measure: Callable[[Path], dict] | None = None  # further columns, from the folder of a finished run
     script: str = "ppo_mbrl.py"  # what is run, below the kit's folder
     smoke: dict | None = None  # settings of a smoke run, where SMOKE's do not fit the script
@@ -198,6 +200,8 @@ def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> 
                 return done, ""
             if stop.exists():
                 return "interrupted", ""
+            log.write(f"version {kit_version(Path(command[1]))}\n".encode())
+            log.flush()
             run = subprocess.Popen([*command, "--run-dir", str(folder)], stdout=log, stderr=log, env=environment, start_new_session=True)
             while run.poll() is None:
                 if stop.exists():
@@ -300,16 +304,20 @@ def newest(folder: Path) -> dict:
 COPIED = "env_id real_steps imagined_steps steps_to_solve final_return_mean final_return_std peak_return_mean outcome hovering cpu_s wall_s"
 
 
-def describe(study: Study, job: Job, kit: str) -> dict:
-    """The row of a run that is over: what its summary says, and what its evaluations say of the way there."""
+def describe(study: Study, job: Job) -> dict:
+    """The row of a run that is over: what its summary says, what its evaluations say of the way there, and the version of the scripts that ran."""
+    log = Path(f"{job.folder}.log")
+    versions = re.findall(r"^version (\w+)$", log.read_text(errors="replace") if log.exists() else "", re.M)
     summary = json.loads((job.folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(row["real_steps"], row["eval/return_mean"]) for row in rows if row.get("eval/return_mean") is not None]
     row = dict(arm=job.arm, seed=job.seed, status=summary["status"]) | {name: summary[name] for name in COPIED.split()}
     row |= {name: summary["outcome"] == name for name in ("solved", "stuck", "collapsed")}
-    row |= dict(mean_return=np.mean([score for _, score in curve[1:]] or [np.nan]), fall=fall([score for _, score in curve]))
-    row |= study.measure(job.folder) if study.measure and summary["status"] == "finished" else {}
-    row |= dict(run=job.run, kit=kit, curve=" ".join(f"{steps}:{score:.1f}" for steps, score in curve))
+    row |= dict(mean_return=None, fall=None)
+    if summary["status"] == "finished":
+        row |= dict(mean_return=np.mean([score for _, score in curve[1:]]), fall=fall([score for _, score in curve]))
+        row |= study.measure(job.folder) if study.measure else {}
+    row |= dict(run=job.run, kit=versions[-1] if versions else None, curve=" ".join(f"{steps}:{score:.1f}" for steps, score in curve))
     return {name: round(float(x), 4) if isinstance(x, (float, np.floating)) else x for name, x in row.items()}
 
 
@@ -361,11 +369,12 @@ def record(path: Path, rows: list[dict]):
 # ------------------------------------------------------------------------------------------------------------------- verdict
 
 
-def values(rows: list[dict], arm: str, what: str) -> np.ndarray:
-    """`what` of each run of an arm. Runs that diverged have no score and count as the worst of all."""
+def values(study: Study, rows: list[dict], arm: str, what: str) -> np.ndarray:
+    """`what` of each run of an arm. Runs that have none, because they diverged or never got there, count as the worst of all arms."""
     found = [row.get(what) for row in rows if row["arm"] == arm]
-    known = [row[what] for row in rows if row.get(what) not in (None, "")]
-    return np.array([min(known, default=np.nan) if x is None else x for x in found], float)
+    known = [row[what] for row in rows if row.get(what) is not None]
+    worst = (max if what in study.costs else min)(known, default=np.nan)
+    return np.array([worst if x is None else x for x in found], float)
 
 
 def yes_or_no(rows: list[dict], what: str) -> bool:
@@ -377,14 +386,14 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
     found = []
     for test in study.tests:
         if isinstance(test, Often):
-            x = values(rows, test.arm, test.what)
+            x = values(study, rows, test.arm, test.what)
             text, size = f"{test.what} in more than {test.share:.0%} of {test.arm}", len(x)
             if size >= 3:
                 share, low, high = stats.rate(int(x.sum()), size)
                 p, right = stats.share_test(int(x.sum()), size, test.share), share > test.share
                 number = f"{share:.0%} ({low:.0%} to {high:.0%})"
         else:
-            x, y = values(rows, test.of, test.what), values(rows, test.than, test.what)
+            x, y = values(study, rows, test.of, test.what), values(study, rows, test.than, test.what)
             if test.spread:
                 x, y = (abs(z - np.median(z)) if len(z) else z for z in (x, y))
             text, size = f"{'more spread of' if test.spread else 'more'} {test.what} in {test.of} than in {test.than}", min(len(x), len(y))
@@ -400,7 +409,7 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
             else dict(test=text, found="fewer than three runs", p=1.0, right=False)
         )
     for row, p in zip(found, stats.holm([row["p"] for row in found])):
-        row |= dict(p=p, verdict="inconclusive" if p >= 0.05 else "reproduced" if row["right"] else "not reproduced")
+        row |= dict(p=p, verdict="inconclusive" if not p < 0.05 else "reproduced" if row["right"] else "not reproduced")
     verdicts = {row["verdict"] for row in found}
     whole = "not reproduced" if "not reproduced" in verdicts else "reproduced" if verdicts == {"reproduced"} else "inconclusive"
     return whole, found
@@ -415,7 +424,7 @@ def report(study: Study, rows: list[dict], missing: list[str]) -> list:
     """What a study found, as sentences and tables that rich can print."""
     verdict, tests = judge(study, rows)
     arms = [arm for arm in study.arms if any(row["arm"] == arm for row in rows)]
-    scores = {arm: values(rows, arm, study.metric) for arm in arms}
+    scores = {arm: values(study, rows, arm, study.metric) for arm in arms}
     form = ".0f" if max((np.abs(x).max() for x in scores.values()), default=0) >= 20 else ".2f"
 
     averages = Table("arm", "runs", *stats.AVERAGES, "lowest, highest", "CPU min", title=f"{study.metric}, with 95 % intervals")
@@ -435,7 +444,7 @@ def report(study: Study, rows: list[dict], missing: list[str]) -> list:
     )
     others = [arm for arm in others if min(len(scores[arm]), len(scores[first])) >= 3]
     better = [stats.improvement(scores[arm], scores[first]) for arm in others]
-    solved = {arm: values(rows, arm, "solved") for arm in arms}
+    solved = {arm: values(study, rows, arm, "solved") for arm in arms}
     exact = [stats.fisher(int(solved[arm].sum()), len(solved[arm]), int(solved[first].sum()), len(solved[first])) for arm in others]
     for arm, b, p, q in zip(others, better, stats.holm([b[3] for b in better]), stats.holm(exact)):
         differences.add_row(arm, spoken(b[:3], ".2f"), f"{p:.3f}", f"{q:.3f}")
@@ -457,15 +466,17 @@ def check(study: Study, rows: list[dict], reference: list[dict]) -> list:
     )
     lines = []
     for arm in study.arms:
-        (x, new), (y, old) = ((values(some, arm, study.metric), values(some, arm, "solved")) for some in (rows, reference))
+        (x, new), (y, old) = ((values(study, some, arm, study.metric), values(study, some, arm, "solved")) for some in (rows, reference))
         if min(len(x), len(y)) >= 3:
-            same = {(row["run"], row["seed"], row[study.metric]) for row in rows} & {(row["run"], row["seed"], row[study.metric]) for row in reference if row["arm"] == arm}  # fmt: skip
+            same = set.intersection(
+                *({(r["run"], r["seed"], r[study.metric]) for r in some if r["arm"] == arm} for some in (rows, reference))
+            )
             p, q = stats.improvement(x, y)[3], stats.fisher(int(new.sum()), len(new), int(old.sum()), len(old))
             lines.append((arm, f"{len(x)}, {len(y)}", str(len(same)), f"{x.mean():.4g}, {y.mean():.4g}", p, q))
     corrected = iter(stats.holm([p for line in lines for p in line[4:]]))
     for *cells, _, _ in lines:
         p, q = next(corrected), next(corrected)
-        table.add_row(*cells, f"{p:.3f}", f"{q:.3f}", "differs beyond chance" if min(p, q) < 0.05 else "agrees")
+        table.add_row(*cells, f"{p:.3f}", f"{q:.3f}", "differs beyond chance" if min(p, q) < 0.05 else "no difference found")
     return [table] if lines else ["Nothing to compare: an arm needs three new runs and three in ablations/results/."]
 
 
@@ -478,10 +489,10 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
     figure, ((curves, seeds), (rates, profiles)) = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     arms = [arm for arm in study.arms if any(row["arm"] == arm for row in rows)]
     colours = {arm: plt.get_cmap("tab10" if len(arms) <= 10 else "tab20")(i % 20) for i, arm in enumerate(arms)}
-    every = np.concatenate([values(rows, arm, study.metric) for arm in arms])
+    every = np.concatenate([values(study, rows, arm, study.metric) for arm in arms])
     taus = np.linspace(every.min(), every.max(), 200)
     for i, arm in enumerate(arms):
-        mine, colour, x = [row for row in rows if row["arm"] == arm], colours[arm], values(rows, arm, study.metric)
+        mine, colour, x = [row for row in rows if row["arm"] == arm], colours[arm], values(study, rows, arm, study.metric)
         paths = [np.array([point.split(":") for point in row["curve"].split()], float) for row in mine if row["curve"]]
         for path_of_seed in paths:
             curves.plot(*path_of_seed.T, color=colour, linewidth=0.4, alpha=0.5)
@@ -568,8 +579,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         return 0
     if old:
         record(path, list(old.values()))
-        others = sum(row["kit"] != kit for row in old.values())
-        say(f"{len(old)} rows from ablations/results/" + f", {others} of them of another version of the scripts" * (others > 0))
+        say(f"{len(old)} rows from ablations/results/")
 
     stop, caught, missing = folder / f"stop-{os.getpid()}", [], []
     folder.mkdir(parents=True, exist_ok=True)
@@ -583,7 +593,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     def ended(job: Job, how: str, words: str):
         board.ended += 1
         if how in ("finished", "diverged"):
-            row = describe(study, job, kit)
+            row = describe(study, job)
             record(path, [row])
             score = "-" if row["final_return_mean"] is None else f"{row['final_return_mean']:.0f}"
             live.console.print(f"{board.ended} of {board.total}: {job.arm}, seed {job.seed}: {score}, {row['outcome']}", highlight=False)
@@ -610,6 +620,8 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     if index is None:
         now = {(job.arm, job.run) for job in table}
         rows = [row for row in read_rows(path) if callable(study.arms.get(row["arm"])) or (row["arm"], row["run"]) in now]
+        if older := sum(row["kit"] != kit for row in rows):
+            say(f"{older} of {len(rows)} rows are of another version of the scripts. To make them anew, delete their run folders.")
         if rows:
             conclude(study, rows, missing, folder, console)
         if compare:

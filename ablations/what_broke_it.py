@@ -60,7 +60,7 @@ STUDY = Study(
 
 def shares(rows: list[dict], name: str) -> list[tuple[float, float, float]]:
     """Share of the gap that mending a departure alone closes, and that introducing it alone tears open: value, low, high of each."""
-    published, textbook, fixed, broken = (values(rows, arm, STUDY.metric) for arm in (*ENDS, f"fix {name}", f"break {name}"))
+    published, textbook, fixed, broken = (values(STUDY, rows, arm, STUDY.metric) for arm in (*ENDS, f"fix {name}", f"break {name}"))
 
     def closed(start, end, published, axis=-1):
         return (end.mean(axis) - start.mean(axis)) / (200 - published.mean(axis))
@@ -77,7 +77,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
     found = [dict(departure=name, shares=shares(rows, name)) for name in DEPARTURES]
     for what, worse in ((STUDY.metric, -1), ("fall", 1)):
         ways = [(f"fix {name}", "published", -worse) for name in DEPARTURES] + [(f"break {name}", "textbook", worse) for name in DEPARTURES]
-        tests = [stats.improvement(values(rows, arm, what), values(rows, end, what), reps=10) for arm, end, _ in ways]
+        tests = [stats.improvement(values(STUDY, rows, arm, what), values(STUDY, rows, end, what), reps=10) for arm, end, _ in ways]
         for i, (p, test, (_, _, sign)) in enumerate(zip(stats.holm([test[3] for test in tests]), tests, ways)):
             blamed = p < 0.05 and (test[0] - 0.5) * sign > 0
             found[i % len(DEPARTURES)].setdefault(what, []).append((p, blamed))
@@ -93,7 +93,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
 def conclude(folder: Path):
     """The table of verdicts and the picture that tells it at a glance, once every arm has three runs."""
     rows = read_rows(folder / "rows.csv")
-    if min(len(values(rows, arm, STUDY.metric)) for arm in STUDY.arms) < 3:
+    if min(len(values(STUDY, rows, arm, STUDY.metric)) for arm in STUDY.arms) < 3:
         return
     found = verdicts(rows)
     table = Table("departure", "share closed", "share torn open", "p, score", "p, fall", "verdict", box=box.MARKDOWN)

@@ -117,6 +117,15 @@ def test_a_batch_runs_each_seed_of_each_arm_once_and_a_second_one_runs_nothing(s
     assert (Path("runs/studies/made_up_fake") / "study.png").stat().st_size > 10_000
 
 
+def test_rows_name_the_version_of_the_scripts_that_ran_and_not_the_newest(script, capsys):
+    batch(study(), script, seeds="0-2")
+    made, said = run.kit_version(script), capsys.readouterr().out
+    script.write_text(FAKE + "\n")
+    batch(study(), script, seeds="0-3")
+    assert {(row["seed"], row["kit"]) for row in rows(study())} == {*((seed, made) for seed in range(3)), (3, run.kit_version(script))}
+    assert "6 of 8 rows are of another version" in capsys.readouterr().out and "another version" not in said
+
+
 def test_studies_share_identical_runs_and_keep_runs_of_other_lengths_apart(script):
     other = study(dict(another_name=dict(hidden=100), longer=dict(hidden=100, total_steps=200)))
     batch(study(), script, seeds="0")
@@ -137,7 +146,8 @@ def test_a_run_that_crashes_is_tried_once_more_and_then_reported(script, capsys)
 def test_a_run_that_diverged_counts_as_the_worst_and_is_not_run_again(script):
     s = study(dict(low=dict(hidden=100), high=dict(lr=3, hidden=300)))
     assert batch(s, script) == 0 and batch(s, script) == 0 and calls() == [1] * 6
-    assert run.values(rows(s), "high", "final_return_mean").tolist() == [100] * 3
+    assert run.values(s, rows(s), "high", "final_return_mean").tolist() == [100] * 3
+    assert run.values(s, [dict(arm="low", fall=30.0), dict(arm="high", fall=None)], "high", "fall").tolist() == [30]  # more is worse
     assert run.judge(s, rows(s))[0] != "reproduced"
 
 
@@ -253,8 +263,8 @@ def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypa
         [row | dict(final_return_mean=row["final_return_mean"] + 50 * (row["arm"] == "high")) for row in reference],
     )
     batch(study(), script, seeds="0-9", compare=True)
-    high, low = sorted(line for line in capsys.readouterr().out.splitlines() if "agrees" in line or "differs" in line)
-    assert high.startswith("| high") and "differs beyond chance" in high and low.startswith("| low") and "agrees" in low
+    high, low = sorted(line for line in capsys.readouterr().out.splitlines() if "no difference" in line or "differs" in line)
+    assert high.startswith("| high") and "differs beyond chance" in high and low.startswith("| low") and "no difference found" in low
 
 
 def test_a_run_that_somebody_else_stops_is_resumed(script):
@@ -292,7 +302,7 @@ def test_each_page_declares_arms_and_tests_that_exist(name):
     s = __import__(name).STUDY
     jobs = run.expand(s, [0])
     assert s.name == name and {job.arm for job in jobs} == set(s.arms)
-    assert all({test.arm} if isinstance(test, Often) else {test.of, test.than} <= set(s.arms) for test in s.tests)
+    assert all(({test.arm} if isinstance(test, Often) else {test.of, test.than}) <= set(s.arms) for test in s.tests)
     assert len({job.folder for job in jobs}) == len(jobs)  # no two arms are one
 
 
