@@ -84,10 +84,11 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    num_steps: int = setting(250, "Real steps of each environment between two updates.", 1, 10**9, "Real environment", ppo=1024)
+    num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
+    growth: float = setting(0.0625, "Real steps between two fits, as a share of those so far, up to --num-steps: little data is soon learned.", 1e-6, 1e9, "Real environment")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
-    gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data.", 1e-3, 1e3, "Exploring")
-    gather_greedy: bool = setting(True, "Every second real episode is greedy.", panel="Exploring")
+    gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
+    gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
@@ -108,9 +109,9 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution_steps: int = setting(1000, "Dreams charge the negative reward of an ending by the share of the latest so many real steps whose episode ended, or of good endings; 0: in full.", 0, 10**9, "Dreams")
-    renew_steps: int = setting(2000, "As long as no real episode ends well, the agent begins anew every so many real steps, with three times the rounds; 0: never.", 0, 10**9, "Dreams")
-    good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well.", 0, 1, "Dreams")
+    caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest real steps whose episode ended, or of good endings; else in full.", panel="Dreams")
+    renew_steps: int = setting(1000, "As long as most real episodes end badly or not at all, the agent begins anew every so many real steps, with three times the rounds; 0: never.", 0, 10**9, "Dreams")
+    good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
@@ -190,7 +191,7 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
 class Environments:
     """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
 
-    `obs` (N, O) is where they are, `first` (N) whether an episode just began, `episode` (N) its number; `step` returns the true successors.
+    `obs` (N, O) is where they are, `episode` (N) the number of the episode; `step` returns the true successors.
     Episodes are left after `limit` steps (0: never). Any moment, also in the midst of episodes, can be saved: it is the random state before the
     last reset and the actions since.
     """
@@ -204,7 +205,6 @@ class Environments:
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
         self.lowest = int(self.envs[0].action_space.start)
         self.obs = torch.stack([self.begin(i) for i in range(num_envs)])
-        self.first = torch.ones(num_envs, dtype=torch.bool)
 
     def begin(self, i: int) -> Tensor:
         self.past[i] = (self.envs[i].unwrapped.np_random.bit_generator.state, [])
@@ -220,17 +220,15 @@ class Environments:
             self.past[i][1].append(action)
             truncated[i] |= len(self.past[i][1]) >= self.limit
         truncated &= ~terminated
-        first = terminated | truncated
-        self.obs, self.first = torch.from_numpy(next_obs.copy()), torch.from_numpy(first)
-        for i in first.nonzero()[0]:
+        self.obs = torch.from_numpy(next_obs.copy())
+        for i in (terminated | truncated).nonzero()[0]:
             self.obs[i] = self.begin(i)
         return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
 
     def state_dict(self) -> dict:
-        return dict(past=[list(past) for past in self.past], first=self.first, episode=self.episode.clone())
+        return dict(past=[list(past) for past in self.past], episode=self.episode.clone())
 
     def load_state_dict(self, state: dict):
-        self.first = state["first"]
         for i, (random_state, actions) in enumerate(state["past"]):
             env = self.envs[i]
             env.unwrapped.np_random.bit_generator.state = random_state
@@ -254,7 +252,7 @@ def mlp(size_in: int, hidden: int, size_out: int, last_gain: float) -> nn.Sequen
 
 
 class Agent(nn.Module):
-    """A stochastic policy and a value function over the same observation, in its own units; normalised by the scales of the first fit."""
+    """A stochastic policy and a value function over the same observation, in its own units; in dreams normalised by the scales of the first fit."""
 
     def __init__(self, obs_dim: int, num_actions: int, hidden: int):
         super().__init__()
@@ -378,7 +376,7 @@ def ppo_update(
         for minibatch in zip(*(x[order].split(s.minibatch) for x in batch)):
             loss, info = ppo_loss(agent, *minibatch, s, temperature)
             if real is not None:
-                index = torch.randint(len(real[0]), (s.minibatch // 2,), device=returns.device)
+                index = torch.randint(len(real[0]), (max(1, s.minibatch // 2),), device=returns.device)
                 loss = loss + s.grounding * s.value_coef * (agent.value(real[0][index]) - real[1][index]).square().mean() / 2
             weights.grad.zero_()
             loss.backward()
@@ -435,11 +433,11 @@ def train_simple(run: "Run"):
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
-        good = replay.share_good(10, s.caution_steps or math.inf)
-        stuck = good == 0 and s.renew_steps and run.real_steps // s.renew_steps > run.saved["real_steps"] // s.renew_steps
-        if stuck:
+        schedule, rounds = Schedule.of(replay, s), s.rounds
+        if schedule.stuck and s.renew_steps and run.crossed(s.renew_steps):
             renew(agent, optimizer)
-        log |= dream_and_improve(run, agent, optimizer, model, replay, scale, good, s.rounds * (3 if stuck else 1))
+            rounds *= 3
+        log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
         run.end_iteration(log)
 
 
@@ -450,32 +448,55 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
     return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
 
 
+class Schedule(NamedTuple):
+    """How PPO in dreams follows the fate of real episodes: first find a good ending, then make it safe.
+
+    Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what the data lacks. As they come to end well, losses
+    count in full again, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
+    """
+
+    good: float  # share of good ones among the latest endings; it fades to 0 where nothing ends any more
+    caution: float  # share of a negative reward at an ending that is charged
+    gamma: float
+    gae_lambda: float
+    grounding: float
+    stuck: bool  # most endings are bad, the latest ones and those of late
+
+    @classmethod
+    def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
+        ago, well = replay.endings()
+        share = lambda ends: float(ends.float().mean()) if len(ends) else 0.0  # noqa: E731
+        fading = min(1.0, max(0.0, 2 - int(ago[-1]) / steps)) if len(ago) else 0.0
+        ended, good = replay.share_ended(steps), fading * share(well[-latest:])
+        sight = max(1 - ended, good)
+        return cls(
+            good=good,
+            caution=max(ended, good) if s.caution else 1.0,
+            gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
+            gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
+            grounding=good * s.grounding,
+            stuck=max(share(well[-latest:]), share(well[ago < steps])) < 0.5,
+        )
+
+
 def renew(agent: Agent, optimizer: torch.optim.Optimizer):
     """The agent begins anew, without the habits it took on in poorer models (the primacy bias: Nikishin et al., 2022), and keeps its normaliser."""
     fresh = Agent(agent.actor[0].in_features, agent.actor[-1].out_features, agent.actor[0].out_features)
-    fresh.normaliser.load_state_dict(agent.normaliser.state_dict())
-    agent.load_state_dict(fresh.state_dict())
+    (weights,) = optimizer.param_groups[0]["params"]
+    weights.data.copy_(nn.utils.parameters_to_vector(fresh.parameters()))
     optimizer.state.clear()
 
 
 def dream_and_improve(
-    run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale, good: float, rounds: int
+    run: "Run", agent: Agent, optimizer, model: WorldModel, replay: Replay, scale: ReturnScale, schedule: Schedule, rounds: int
 ) -> dict:
-    """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds.
-
-    First find a good ending, then make it safe. Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what
-    the data lacks. As they come to end well, losses count in full again, the policy looks further ahead, and its advantages rest less on long dreams
-    and more on a critic that knows real episodes.
-    """
-    s, temperature = run.settings, run.temperature()
-    ended = replay.share_ended(s.caution_steps) if s.caution_steps else 1.0
-    caution, sight = max(ended, good), max(1 - ended, good)
-    gamma = 1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight
-    s = replace(s, gamma=gamma, gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda), grounding=good * s.grounding)
+    """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds."""
+    temperature = run.temperature()
+    s = replace(run.settings, gamma=schedule.gamma, gae_lambda=schedule.gae_lambda, grounding=schedule.grounding)
 
     def charged(steps: Rollout) -> Rollout:
         punished = steps.terminated & (steps.rewards < 0)
-        return steps._replace(rewards=scale(torch.where(punished, caution * steps.rewards, steps.rewards)))
+        return steps._replace(rewards=scale(torch.where(punished, schedule.caution * steps.rewards, steps.rewards)))
 
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
     dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), []
@@ -486,13 +507,13 @@ def dream_and_improve(
         log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
         logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    return means | {"dream/horizon": horizon, "dream/caution": caution, "dream/good": good}
+    return means | {"dream/horizon": horizon, "dream/caution": schedule.caution, "dream/good": schedule.good}
 
 
 @torch.no_grad()
 def real_returns(agent: Agent, replay: Replay, charged, s: Settings, number: int = 256, length: int = 64) -> tuple[Tensor, Tensor]:
     """Observations (K, O) on `number` pieces of real episodes and their lambda-returns (K). They ground the critic: what a model gets wrong, such
-    as which touches of the ground are survived, it learns from what came of them (model-based value expansion: Feinberg et al., 2018)."""
+    as which falls are survived, it learns from what came of them. Older policies took these steps, and nothing corrects for that."""
     steps, valid = replay.excerpts(number, length)
     _, returns = compute_gae(charged(steps), agent.value(steps.obs), agent.value(steps.next_obs), s.gamma, s.gae_lambda)
     return steps.obs[valid], returns[valid]
@@ -509,21 +530,22 @@ def fates(rollout: Rollout) -> dict[str, float]:
 
 
 def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
-    """Adds real steps to the replay; the first ones, when nothing is known yet, at random."""
+    """Adds real steps to the replay, the more the longer it is; the first ones, when nothing is known yet, at random."""
+    s = run.settings
     if len(replay):
-        rollout = collect(env, act, run.steps_left(run.settings.num_steps), run.tick)
+        steps = min(s.num_steps, math.ceil(s.growth * len(replay) / s.num_envs))
     else:
-        steps = run.steps_left(math.ceil(run.settings.warmup_steps / run.settings.num_envs))
-        rollout = collect(env, lambda obs: torch.randint(env.num_actions, (len(obs),)), steps, run.tick)
+        steps, act = math.ceil(s.warmup_steps / s.num_envs), lambda obs: torch.randint(env.num_actions, (len(obs),))
+    rollout = collect(env, act, run.steps_left(steps), run.tick)
     run.real_steps += rollout.actions.numel()
     replay.add(rollout)
     return rollout
 
 
 def explore(agent: Agent, env: Environments, s: Settings, obs: Tensor) -> Tensor:
-    """(N, O) -> actions (N) in the real environment. Every second episode is greedy: some rewards, such as for lying still, come to no policy that draws."""
+    """(N, O) -> actions (N) in the real environment: greedy in most episodes, for some rewards, such as for lying still, come to no policy that draws."""
     obs = obs.to(s.device)
-    greedy = (env.episode % 2 == 0) & s.gather_greedy
+    greedy = (s.gather_greedy * env.episode).floor() > (s.gather_greedy * (env.episode - 1)).floor()
     return torch.where(greedy, agent.greedy(obs).cpu(), agent.act(obs, s.gather_temperature).cpu())
 
 
@@ -679,6 +701,10 @@ class Run:
         """So many steps of each environment, or as many as the run still has."""
         return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
 
+    def crossed(self, every: int) -> bool:
+        """Whether a multiple of so many real steps lies in this iteration."""
+        return self.real_steps // every > self.saved["real_steps"] // every
+
     def temperature(self) -> float:
         s = self.settings
         return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * self.real_steps / s.total_steps
@@ -701,8 +727,7 @@ class Run:
         self.iteration += 1
         pack({name: part.state_dict() for name, part in self.parts.items()}, learned := {})
         self.check(log | learned)
-        every, before = self.settings.eval_every, self.saved["real_steps"]
-        evaluated = before // every != self.real_steps // every or not self.goes_on()
+        evaluated = self.crossed(self.settings.eval_every) or not self.goes_on()
         self.log(log | (self.evaluation() if evaluated else {}))
         policy = {name: x.cpu().contiguous() for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
         write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))

@@ -181,20 +181,18 @@ class Replay:
         ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step T, still to come, has not ended
         return float(ended[-math.ceil(latest / ended.shape[1]) :].float().mean())
 
-    def share_good(self, latest: int, fade: float) -> float:
-        """The share of the latest so many endings that ended well: with at least the mean reward. It fades where nothing ends any more, as when
-        hovering: to zero, from `fade` to twice as many real steps after the last ending."""
-        time, last_rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards[self.steps.terminated][-latest:]
-        if not len(time):
-            return 0.0
-        since = (len(self.age) - 1 - int(time[-1])) * self.age.shape[1]
-        return float((last_rewards >= self.steps.rewards.mean()).float().mean()) * min(1.0, max(0.0, 2 - since / fade))
+    def endings(self) -> tuple[Tensor, Tensor]:
+        """All endings so far: how many real steps each lies back (K), and whether it was good, with at least the median reward (K)."""
+        time, rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards
+        return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= rewards.median()
 
     def excerpts(self, number: int, length: int) -> tuple[Rollout, Tensor]:
-        """Random windows of `length` real steps, or as many as there are: fields (L, number, ...), and which steps lie in the first one's episode."""
+        """Random windows of `length` recent real steps, or as many as there are: fields (L, number, ...), and which lie in the first one's episode."""
         (T, N), device = self.age.shape, self.age.device
-        length = min(length, T)
-        return self.window(torch.randint(T - length + 1, (number,), device=device), torch.randint(N, (number,), device=device), 0, length)
+        start = max(0, T - self.newest) if self.newest else 0
+        length = min(length, T - start)
+        t = torch.randint(start, T - length + 1, (number,), device=device)
+        return self.window(t, torch.randint(N, (number,), device=device), 0, length)
 
     def rare(self, binary: Tensor, reach: int) -> Tensor:
         """(T, N): steps within `reach` of something rare in their own episode: an ending, a flip of a binary column, an extreme reward (1 %)."""

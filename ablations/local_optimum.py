@@ -12,12 +12,12 @@ INGREDIENTS = {
     "no uncertainty": dict(uncertainty="none"),
     "heads (s, a)": dict(wm_heads="sa"),
     "newest data": dict(wm_newest=2000),
-    "few refits": dict(num_steps=1000, rounds=20),  # as many PPO updates, a quarter of the fits
-    "fear of endings": dict(caution_steps=0),
+    "few refits": dict(num_steps=1000, growth=1.0, rounds=20),  # as many PPO updates late in a run, a quarter of the fits
+    "fear of endings": dict(caution=False),
     "far sight at once": dict(gamma=0.998),
     "long dreams trusted": dict(good_lambda=0.99, grounding=0.0),  # a critic that knows dreams only
     "whole episodes": dict(gather_limit=0),
-    "no greedy episodes": dict(gather_greedy=False),
+    "no greedy episodes": dict(gather_greedy=0.0),
 }
 ALL = {name: value for settings in INGREDIENTS.values() for name, value in settings.items()}
 WITHOUT = {f"all but {name}": {k: v for k, v in ALL.items() if k not in settings} for name, settings in INGREDIENTS.items()}

@@ -11,7 +11,7 @@ from run import More, Study, run_study
 
 PPO = dict(lr=3e-4, minibatch=64, epochs=4, entropy_coef=0.01, clip=0.2)
 DREAMS = dict(lr=1e-3, minibatch=2048, epochs=4, entropy_coef=0.003, clip=0.2)
-DREAMS |= dict(rounds=5, wm_updates=200, wm_lr=3e-3, uncertainty_limit=1.5, caution_steps=1000)
+DREAMS |= dict(rounds=5, wm_updates=200, wm_lr=3e-3, uncertainty_limit=1.5, growth=0.0625)
 
 
 def drawn(defaults: dict):

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 
 import ppo_mbrl
 import world_model
-from ppo_mbrl import Run, Settings
+from ppo_mbrl import Run, Schedule, Settings
 from world_model import Rollout
 
 SCRIPTS = Path(ppo_mbrl.__file__).parent
-TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, wm_first_updates=2, dreams=8, dream_steps=5, horizon=5, rounds=1, num_steps=30, warmup_steps=60, hidden=8,
+TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, wm_first_updates=2, dreams=8, dream_steps=5, horizon=5, rounds=1, num_steps=30, growth=9.0, warmup_steps=60, hidden=8,
             total_steps=90, eval_every=100_000, num_envs=1, minibatch=32, plan_horizon=3, plan_candidates=8)  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_temperature=0.01, gather_greedy=False, gather_limit=7, caution_steps=0, renew_steps=0, grounding=0.0),
+        dict(gather_temperature=0.01, gather_greedy=0.0, gather_limit=7, caution=False, renew_steps=0, grounding=0.0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
@@ -212,40 +212,55 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "caution, good, charged, gamma, gae_lambda",
+    "caution, ended, ago, well, good, charged, gamma, gae_lambda, stuck",
     [
-        (0, 0.0, -100.0, 0.9, 0.8),  # endings count in full
-        (40, 0.0, -25.0, 0.98222, 0.8),  # a quarter of the steps ended: 1 - 0.1^(1/4) 0.01^(3/4)
-        (40, 0.5, -50.0, 0.98222, 0.7),
-        (40, 0.9, -90.0, 0.98741, 0.62),  # 1 - 0.1^0.1 0.01^0.9
+        (False, 0.25, [], [], 0.0, 1.0, 0.98222, 0.8, True),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
+        (True, 0.25, [9], [False], 0.0, 0.25, 0.98222, 0.8, True),  # a quarter of the steps came to an end
+        (True, 0.75, [9], [False], 0.0, 0.75, 0.94377, 0.8, True),  # 1 - 0.1^(3/4) 0.01^(1/4)
+        (True, 0.25, [9, 8], [False, True], 0.5, 0.5, 0.98222, 0.7, False),
+        (True, 0.25, [*range(11, 1, -1)], [False] + [True] * 9, 0.9, 0.9, 0.98741, 0.62, False),  # 1 - 0.1^0.1 0.01^0.9
+        (True, 0.0, [3000], [True], 0.0, 0.0, 0.99, 0.8, False),  # nothing ends any more, but when it did, it ended well
+        (True, 0.0, [1750, 1250], [False, True], 0.375, 0.375, 0.99, 0.725, False),  # three quarters of a half
+        (True, 1.0, [5000] * 8 + [9, 8], [False] * 8 + [True, False], 0.1, 1.0, 0.92057, 0.78, False),  # half of late; 1 - 0.1^0.9 0.01^0.1
+        (True, 1.0, [5000] * 8 + [9, 8], [False] * 9 + [True], 0.1, 1.0, 0.92057, 0.78, False),
+        (True, 1.0, [5000] * 7 + [9, 8, 7], [False] * 9 + [True], 0.1, 1.0, 0.92057, 0.78, True),
     ],
 )
-def test_what_dreams_charge_and_how_far_they_look_follows_how_real_episodes_end(caution, good, charged, gamma, gae_lambda, monkeypatch):
+def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, good, charged, gamma, gae_lambda, stuck):
+    endings = torch.tensor(ago).long(), torch.tensor(well).bool()
+    replay = types.SimpleNamespace(share_ended=lambda latest: {1000: ended}[latest], endings=lambda: endings)
+    found = Schedule.of(replay, Settings(caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0))
+    assert found[:-1] == pytest.approx((good, charged, gamma, gae_lambda, 3 * good), abs=1e-5) and found.stuck == stuck
+
+
+@pytest.mark.parametrize("grounding", [0.0, 0.7])
+def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, monkeypatch):
     ended = torch.tensor([[False], [True], [True]])
     rollout = Rollout(
         torch.zeros(3, 1, 2), torch.zeros(3, 1).long(), torch.tensor([[-2.0], [5.0], [-100.0]]), torch.zeros(3, 1, 2), ended, ended
     )
     given, real = [], (torch.zeros(1, 2), torch.zeros(1))
     update = lambda agent, optimizer, rollout, s, *rest: given.append((rollout.rewards[:, 0].tolist(), s, rest[-1])) or {}  # noqa: E731
-    grounds = lambda agent, replay, charge, s: real if charge(rollout).rewards[2] == charged else None  # noqa: E731
+    grounds = lambda agent, replay, charge, s: real if charge(rollout).rewards[2] == -25 else None  # noqa: E731
     for name, stand_in in dict(collect=lambda *_: rollout, ppo_update=update, real_returns=grounds).items():
         monkeypatch.setattr(ppo_mbrl, name, stand_in)
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
-    s = Settings(caution_steps=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
-    run = types.SimpleNamespace(settings=s, temperature=float, tick=None, imagined_steps=0)
-    replay = types.SimpleNamespace(share_ended=lambda latest: {40: 0.25}[latest])
-    log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, good, 1)
-    [(rewards, used, seen)] = given
-    assert rewards == [-2.0, 5.0, charged] and log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
-    assert [used.gamma, used.gae_lambda, used.grounding] == pytest.approx([gamma, gae_lambda, 3 * good], abs=1e-5)
-    assert seen is (real if good else None)
+    run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
+    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, stuck=False)
+    log = ppo_mbrl.dream_and_improve(run, None, None, None, None, lambda rewards: rewards, schedule, 2)
+    assert (
+        len(given) == 2 and run.imagined_steps == 6 and log["dream/return_mean"] == pytest.approx(-97 / 2)
+    )  # the log tells the whole loss
+    for rewards, used, seen in given:
+        assert rewards == [-2.0, 5.0, -25.0] and seen is (real if grounding else None)
+        assert (used.gamma, used.gae_lambda, used.grounding) == (0.5, 0.6, grounding)
 
 
-@pytest.mark.parametrize("good, renewals", [(0.0, 3), (0.1, 0)])
-def test_as_long_as_nothing_ends_well_the_agent_begins_anew_every_so_many_steps(good, renewals, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stuck, renewals", [(True, 3), (False, 0)])
+def test_an_agent_that_is_stuck_begins_anew_every_so_many_steps(stuck, renewals, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     seen = []
-    monkeypatch.setattr(world_model.Replay, "share_good", lambda *_: good)
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, stuck))
     monkeypatch.setattr(ppo_mbrl, "renew", lambda agent, optimizer: seen.append(agent))
     assert train(tmp_path, total_steps=180, renew_steps=50) == 0
     rows = rows_of(tmp_path)
@@ -253,6 +268,15 @@ def test_as_long_as_nothing_ends_well_the_agent_begins_anew_every_so_many_steps(
     assert len(seen) == renewals and sum(crossed) == 3
     imagined = [b["imagined_steps"] - a["imagined_steps"] for a, b in zip(rows, rows[1:])]
     assert imagined == [40 * (3 if here and renewals else 1) for here in crossed]
+
+
+@pytest.mark.parametrize(
+    "num_steps, growth, expected", [(30, 9.0, [60, 90, 120, 150]), (30, 0.25, [60, 75, 94, 118, 148]), (10, 0.25, [60, 70, 80, 90])]
+)
+def test_data_grows_by_a_share_of_itself_up_to_a_limit(num_steps, growth, expected, tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    assert train(tmp_path, total_steps=150, num_steps=num_steps, growth=growth) == 0
+    assert [row["real_steps"] for row in rows_of(tmp_path)][1 : len(expected) + 1] == expected
 
 
 @pytest.mark.parametrize("mode", ["simple", "ppo", "mpc"])
@@ -283,7 +307,7 @@ def interrupted_after(monkeypatch, ticks: int):
 
 
 RUNS = {
-    "simple": dict(total_steps=180, gather_limit=25, renew_steps=40),
+    "simple": dict(env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_steps=40),  # nothing ends: the agent begins anew
     "gru and both": dict(
         total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, gather_limit=25, realign=3
     ),
@@ -299,6 +323,9 @@ def test_the_same_command_twice_learns_the_same_and_another_seed_does_not(kind, 
         assert train(tmp_path / name, seed=seed, **RUNS[kind]) == 0
     one, two, three = (fingerprint(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two and one[0] != three[0]
+    if kind == "simple":
+        imagined = [row["imagined_steps"] for row in rows_of(tmp_path / "one")]
+        assert 3 * 40 in np.diff(imagined) and 40 in np.diff(imagined)  # three times the rounds where the agent began anew
 
 
 @pytest.mark.parametrize("kind", RUNS)

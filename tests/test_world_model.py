@@ -756,14 +756,13 @@ def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_t
     assert replay.share_ended(latest) == pytest.approx(sum(counted) / len(counted))
 
 
-@pytest.mark.parametrize(
-    "latest, fade, expected", [(1, 9, 1.0), (2, 9, 0.5), (3, 9, 2 / 3), (10, 9, 0.5), (1, 3, 1.0), (1, 2, 0.5), (1, 1.5, 0.0)]
-)
-def test_the_share_of_good_ones_among_the_latest_endings_fades_where_nothing_ends(latest, fade, expected):
-    replay, ended = Replay(1, 1, 10), torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 0, 0]).bool()[:, None]
-    rewards = torch.tensor([1.0, -1, 1, 2, 0, 1, 3, 1, 1, 1])[:, None]  # 1 on average
-    obs = torch.zeros(10, 1, 1)
-    replay.add(Rollout(obs[:1], torch.zeros(1, 1).long(), rewards[:1], obs[:1], ended[:1], ended[:1]))
-    assert replay.share_good(latest, fade) == 0
-    replay.add(Rollout(obs[1:], torch.zeros(9, 1).long(), rewards[1:], obs[1:], ended[1:], torch.zeros(9, 1).bool()))
-    assert replay.share_good(latest, fade) == pytest.approx(expected)
+def test_endings_say_how_long_ago_they_were_and_whether_they_paid_at_least_what_a_usual_step_pays():
+    replay, rewards = Replay(2, 1, 10), torch.tensor([[0.1, -5], [0.1, 0.1], [0.1, 0.1], [0.1, 7]])
+    ended = torch.tensor([[0, 1], [0, 0], [1, 0], [0, 1]]).bool()
+    obs = torch.zeros(4, 2, 1)
+    replay.add(Rollout(obs[:1], torch.zeros(1, 2).long(), rewards[:1], obs[:1], ended[:1] & False, ended[:1] & False))
+    assert [len(x) for x in replay.endings()] == [0, 0]
+    replay = Replay(2, 1, 10)
+    replay.add(Rollout(obs, torch.zeros(4, 2).long(), rewards, obs, ended, torch.zeros(4, 2).bool()))
+    ago, well = replay.endings()
+    assert ago.tolist() == [6, 2, 0] and well.tolist() == [False, True, True]  # two environments: two real steps at a time
