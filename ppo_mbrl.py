@@ -433,10 +433,11 @@ def train_simple(run: "Run"):
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
-        schedule, rounds = Schedule.of(replay, s), s.rounds
-        if schedule.stuck and s.renew_steps and run.crossed(s.renew_steps):
+        schedule = Schedule.of(replay, s)
+        stuck = schedule.stuck and s.renew_steps and run.crossed(s.renew_steps)
+        if stuck:
             renew(agent, optimizer)
-            rounds *= 3
+        rounds = s.rounds * (3 if stuck or run.iteration == 0 else 1)  # an agent that begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
         run.end_iteration(log)
 
@@ -460,7 +461,7 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
-    stuck: bool  # most endings are bad, the latest ones and those of late
+    stuck: bool  # most endings are bad, and no good one was seen for long, or the reward does not grow
 
     @classmethod
     def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
@@ -469,13 +470,16 @@ class Schedule(NamedTuple):
         fading = min(1.0, max(0.0, 2 - int(ago[-1]) / steps)) if len(ago) else 0.0
         ended, good = replay.share_ended(steps), fading * share(well[-latest:])
         sight = max(1 - ended, good)
+        before, now = replay.reward_rates(steps)
+        bad = max(share(well[-latest:]), share(well[ago < steps])) < 0.5
+        lost = ended < 0.5 and not well[-latest:].any()
         return cls(
             good=good,
             caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            stuck=max(share(well[-latest:]), share(well[ago < steps])) < 0.5,
+            stuck=bad and (lost or now <= before),
         )
 
 

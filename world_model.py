@@ -186,6 +186,12 @@ class Replay:
         time, rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards
         return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= rewards.median()
 
+    def reward_rates(self, latest: int) -> tuple[float, float]:
+        """The mean reward of a step before the latest so many real steps, among as many, and since then; -inf where there was none."""
+        n = math.ceil(latest / self.age.shape[1])
+        before, now = self.steps.rewards[-2 * n : -n], self.steps.rewards[-n:]
+        return float(before.mean()) if len(before) else -math.inf, float(now.mean())
+
     def excerpts(self, number: int, length: int) -> tuple[Rollout, Tensor]:
         """Random windows of `length` recent real steps, or as many as there are: fields (L, number, ...), and which lie in the first one's episode."""
         (T, N), device = self.age.shape, self.age.device

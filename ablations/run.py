@@ -614,9 +614,6 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         stop.unlink(missing_ok=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if caught:
-        say("Stopped; the runs are saved. The same command goes on from there.")
-        return 128 + caught[0]
     if index is None:
         now = {(job.arm, job.run) for job in table}
         rows = [row for row in read_rows(path) if callable(study.arms.get(row["arm"])) or (row["arm"], row["run"]) in now]
@@ -627,6 +624,9 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         if compare:
             for thing in check(study, rows, read_rows(RESULTS / f"{study.name}.csv")):
                 wide(console).print(thing)
+    if caught:
+        say("Stopped; the runs are saved. The same command goes on from there.")
+        return 128 + caught[0]
     return 1 if missing else 0
 
 

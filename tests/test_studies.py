@@ -195,15 +195,18 @@ def test_two_launchers_at_once_do_nothing_twice(script, tmp_path):
     assert calls() == [1] * 6 and len(rows(study())) == 6 and all("6 of 6" in words for words in said)
 
 
-def test_stopping_a_batch_lets_its_runs_save_and_the_next_one_goes_on(script, tmp_path):
-    command = [*page(tmp_path, dict(low=dict(gamma=4), high=dict(gamma=4, hidden=300))), "--seeds", "0-9"]
+def test_stopping_a_batch_lets_its_runs_save_and_reports_what_there_is(script, tmp_path):
+    command = [*page(tmp_path, dict(low=dict(hidden=100), high=dict(gamma=9, hidden=300))), "--seeds", "0-9"]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not calls():
+    while not list(Path("runs/studies").rglob("rows.csv")):
         time.sleep(0.1)
     launcher.send_signal(signal.SIGTERM)
     said = launcher.communicate(timeout=10)[0]
     assert launcher.returncode == 143 and "The same command goes on from there" in said
-    assert len(list(Path("runs").rglob("saved"))) == len(calls()) <= 2 and not list(Path("runs/studies").rglob("stop-*"))
+    finished = len(list(Path("runs").rglob("summary.json")))
+    assert len(list(Path("runs").rglob("saved"))) == len(calls()) - finished <= 2 and not list(Path("runs/studies").rglob("stop-*"))
+    (report,) = Path("runs/studies").rglob("report.md")
+    assert "Missing: high, seed 0: interrupted" in report.read_text() and "made_up: inconclusive" in said
 
 
 def test_another_process_in_a_run_is_waited_for(script):

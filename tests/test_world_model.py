@@ -756,6 +756,14 @@ def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_t
     assert replay.share_ended(latest) == pytest.approx(sum(counted) / len(counted))
 
 
+def test_rewards_of_late_are_compared_with_those_of_as_many_steps_before():
+    replay, flags = Replay(2, 1, 10), torch.zeros(5, 2).bool()
+    rewards, obs = torch.arange(10.0).view(5, 2), torch.zeros(5, 2, 1)
+    replay.add(Rollout(obs, torch.zeros(5, 2).long(), rewards, obs, flags, flags))
+    assert replay.reward_rates(4) == ((2 + 3 + 4 + 5) / 4, (6 + 7 + 8 + 9) / 4)
+    assert replay.reward_rates(6) == ((0 + 1 + 2 + 3) / 4, 6.5) and replay.reward_rates(10) == (-math.inf, 4.5)
+
+
 def test_endings_say_how_long_ago_they_were_and_whether_they_paid_at_least_what_a_usual_step_pays():
     replay, rewards = Replay(2, 1, 10), torch.tensor([[0.1, -5], [0.1, 0.1], [0.1, 0.1], [0.1, 7]])
     ended = torch.tensor([[0, 1], [0, 0], [1, 0], [0, 1]]).bool()
