@@ -208,7 +208,7 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
         still(owner, name)
     assert train(tmp_path) == 0
     assert count["steps"] == 90 and {taken for _, taken in calls} == {0}
-    assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [2, 10, 2, 2]
+    assert [sum(name == called for called, _ in calls) for name in ("reset", "step", "ppo_update", "fit")] == [2, 20, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_an_agent_that_is_stuck_begins_anew_every_so_many_steps(stuck, renewals,
     crossed = [a["real_steps"] // 50 < b["real_steps"] // 50 for a, b in zip(rows, rows[1:])]
     assert len(seen) == renewals and sum(crossed) == 3
     imagined = [b["imagined_steps"] - a["imagined_steps"] for a, b in zip(rows, rows[1:])]
-    assert imagined == [40 * (3 if here and renewals else 1) for here in crossed]
+    assert imagined == [40 * (3 if i == 0 or (here and renewals) else 1) for i, here in enumerate(crossed)]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_the_same_command_twice_learns_the_same_and_another_seed_does_not(kind, 
     assert one == two and one[0] != three[0]
     if kind == "simple":
         imagined = [row["imagined_steps"] for row in rows_of(tmp_path / "one")]
-        assert 3 * 40 in np.diff(imagined) and 40 in np.diff(imagined)  # three times the rounds where the agent began anew
+        assert np.diff(imagined).tolist().count(3 * 40) > 1 and 40 in np.diff(imagined)  # three times the rounds where the agent began anew
 
 
 @pytest.mark.parametrize("kind", RUNS)
