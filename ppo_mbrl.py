@@ -110,7 +110,7 @@ class Settings(ModelSettings):
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest real steps whose episode ended, or of good endings; else in full.", panel="Dreams")
-    renew_steps: int = setting(1000, "As long as most real episodes end badly or not at all, the agent begins anew every so many real steps, with three times the rounds; 0: never.", 0, 10**9, "Dreams")
+    renew_growth: float = setting(0.5, "As long as no real episode ends well, and nothing gets better, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
@@ -140,8 +140,9 @@ class Settings(ModelSettings):
         super().__post_init__()
         if self.beginnings + self.rare > 1:
             raise UsageError(f"--beginnings and --rare are shares of the same dreams: {self.beginnings:g} + {self.rare:g} is more than 1.")
-        if 0 < self.temperature_end < 1e-3:
-            raise UsageError(f"--temperature-end must be 0 or at least 0.001, not {self.temperature_end}.")
+        for name in ("temperature_end", "renew_growth"):
+            if 0 < getattr(self, name) < 1e-3:
+                raise UsageError(f"--{name.replace('_', '-')} must be 0 or at least 0.001, not {getattr(self, name)}.")
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
@@ -434,7 +435,7 @@ def train_simple(run: "Run"):
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         schedule = Schedule.of(replay, s)
-        stuck = schedule.stuck and s.renew_steps and run.crossed(s.renew_steps)
+        stuck = schedule.stuck and s.renew_growth and run.grown(1 + s.renew_growth)
         if stuck:
             renew(agent, optimizer)
         rounds = s.rounds * (3 if stuck or run.iteration == 0 else 1)  # an agent that begins learns for longer
@@ -461,25 +462,24 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
-    stuck: bool  # most endings are bad, and no good one was seen for long, or the reward does not grow
+    stuck: bool  # none of the latest endings was good, and most of late came to no end at all, or the reward does not grow
 
     @classmethod
     def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
         ago, well = replay.endings()
-        share = lambda ends: float(ends.float().mean()) if len(ends) else 0.0  # noqa: E731
-        fading = min(1.0, max(0.0, 2 - int(ago[-1]) / steps)) if len(ago) else 0.0
-        ended, good = replay.share_ended(steps), fading * share(well[-latest:])
+        ago, well = ago[-latest:], well[-latest:]
+        ended, good = replay.share_ended(steps), 0.0
+        if len(ago):
+            good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
         sight = max(1 - ended, good)
         before, now = replay.reward_rates(steps)
-        bad = max(share(well[-latest:]), share(well[ago < steps])) < 0.5
-        lost = ended < 0.5 and not well[-latest:].any()
         return cls(
             good=good,
             caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            stuck=bad and (lost or now <= before),
+            stuck=not well.any() and (ended < 0.5 or now <= before),
         )
 
 
@@ -705,9 +705,10 @@ class Run:
         """So many steps of each environment, or as many as the run still has."""
         return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
 
-    def crossed(self, every: int) -> bool:
-        """Whether a multiple of so many real steps lies in this iteration."""
-        return self.real_steps // every > self.saved["real_steps"] // every
+    def grown(self, factor: float) -> bool:
+        """Whether the data of the warm-up has in this iteration, once more, grown by this factor."""
+        times = lambda steps: int(math.log(max(1.0, steps / self.settings.warmup_steps), factor))  # noqa: E731
+        return times(self.real_steps) > times(self.saved["real_steps"])
 
     def temperature(self) -> float:
         s = self.settings
@@ -731,7 +732,8 @@ class Run:
         self.iteration += 1
         pack({name: part.state_dict() for name, part in self.parts.items()}, learned := {})
         self.check(log | learned)
-        evaluated = self.crossed(self.settings.eval_every) or not self.goes_on()
+        every, before = self.settings.eval_every, self.saved["real_steps"]
+        evaluated = before // every != self.real_steps // every or not self.goes_on()
         self.log(log | (self.evaluation() if evaluated else {}))
         policy = {name: x.cpu().contiguous() for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
         write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))
