@@ -462,7 +462,7 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
-    stuck: bool  # none of the latest endings was good, and most of late came to no end at all, or the reward does not grow
+    stuck: bool  # no good ending of late, and most episodes come to no end at all, or the reward does not grow
 
     @classmethod
     def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
@@ -479,7 +479,7 @@ class Schedule(NamedTuple):
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            stuck=not well.any() and (ended < 0.5 or now <= before),
+            stuck=good == 0 and (ended < 0.5 or now <= before),
         )
 
 

@@ -234,7 +234,8 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
     [
         (0.1, [], [], (0, 1), True),  # hovering
         (0.1, [3000], [False], (0, 1), True),
-        (0.1, [3000], [True], (1, 0), False),  # episodes do not end, but when they did, they ended well
+        (0.1, [3000], [True], (1, 0), True),  # a good ending, long ago
+        (0.1, [1900], [True], (1, 0), False),
         (0.9, [50, 9], [False, False], (0, 1), False),  # still learning how to crash
         (0.9, [50, 9], [False, False], (1, 1), True),
         (0.9, [50] * 10, [True] + [False] * 9, (1, 0), False),
@@ -328,7 +329,8 @@ def interrupted_after(monkeypatch, ticks: int):
 
 
 RUNS = {
-    "simple": dict(env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_growth=0.5),  # nothing ends: the agent begins anew
+    "simple": dict(total_steps=180, gather_limit=25),
+    "stuck": dict(env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_growth=0.5),  # nothing ends: the agent begins anew
     "gru and both": dict(
         total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, gather_limit=25, realign=3
     ),
@@ -344,7 +346,7 @@ def test_the_same_command_twice_learns_the_same_and_another_seed_does_not(kind, 
         assert train(tmp_path / name, seed=seed, **RUNS[kind]) == 0
     one, two, three = (fingerprint(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two and one[0] != three[0]
-    if kind == "simple":
+    if kind == "stuck":
         imagined = [row["imagined_steps"] for row in rows_of(tmp_path / "one")]
         assert np.diff(imagined).tolist().count(3 * 40) > 1 and 40 in np.diff(imagined)  # three times the rounds where the agent began anew
 
