@@ -110,7 +110,7 @@ class Settings(ModelSettings):
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest real steps whose episode ended, or of good endings; else in full.", panel="Dreams")
-    renew_growth: float = setting(0.5, "As long as no real episode ends well, and nothing gets better, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
+    renew_growth: float = setting(0.5, "As long as no real episode has ended well of late, and nothing gets better, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
@@ -435,7 +435,7 @@ def train_simple(run: "Run"):
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         schedule = Schedule.of(replay, s)
-        stuck = schedule.stuck and s.renew_growth and run.grown(1 + s.renew_growth)
+        stuck = schedule.stuck and run.grown(s.renew_growth)
         if stuck:
             renew(agent, optimizer)
         rounds = s.rounds * (3 if stuck or run.iteration == 0 else 1)  # an agent that begins learns for longer
@@ -705,10 +705,10 @@ class Run:
         """So many steps of each environment, or as many as the run still has."""
         return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
 
-    def grown(self, factor: float) -> bool:
-        """Whether the data of the warm-up has in this iteration, once more, grown by this factor."""
-        times = lambda steps: int(math.log(max(1.0, steps / self.settings.warmup_steps), factor))  # noqa: E731
-        return times(self.real_steps) > times(self.saved["real_steps"])
+    def grown(self, share: float) -> bool:
+        """Whether the data of the warm-up has in this iteration, once more, grown by this share; never by 0."""
+        times = lambda steps: int(math.log(max(1.0, steps / self.settings.warmup_steps), 1 + share))  # noqa: E731
+        return share > 0 and times(self.real_steps) > times(self.saved["real_steps"])
 
     def temperature(self) -> float:
         s = self.settings

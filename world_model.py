@@ -159,7 +159,8 @@ class Replay:
         episode = began.cumsum(0) - 1
         self.held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
         self.fitted = ~self.held_out if (~self.held_out).any() else torch.ones_like(began)
-        self.recent = (time >= (len(began) - self.newest if self.newest else 0)).expand_as(began)  # (T, N)
+        self.oldest = max(0, len(began) - self.newest) if self.newest else 0  # of the recent steps
+        self.recent = (time >= self.oldest).expand_as(began)  # (T, N)
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
@@ -195,9 +196,8 @@ class Replay:
     def excerpts(self, number: int, length: int) -> tuple[Rollout, Tensor]:
         """Random windows of `length` recent real steps, or as many as there are: fields (L, number, ...), and which lie in the first one's episode."""
         (T, N), device = self.age.shape, self.age.device
-        start = max(0, T - self.newest) if self.newest else 0
-        length = min(length, T - start)
-        t = torch.randint(start, T - length + 1, (number,), device=device)
+        length = min(length, T - self.oldest)
+        t = torch.randint(self.oldest, T - length + 1, (number,), device=device)
         return self.window(t, torch.randint(N, (number,), device=device), 0, length)
 
     def rare(self, binary: Tensor, reach: int) -> Tensor:

@@ -13,7 +13,7 @@ STUDY = Study(
     shared=dict(mode="simple", total_steps=10_000),
     tests=[More("5", "1", "mean_return"), More("3", "1", "mean_return")],
     metric="mean_return",
-    minutes={"5": 2.5, "1": 1.4, "2": 1.7, "3": 2.0, "7": 3.1},
+    minutes={"5": 3.2, "1": 1.8, "2": 2.2, "3": 2.6, "7": 4.0},
 )
 
 if __name__ == "__main__":

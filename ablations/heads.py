@@ -14,7 +14,7 @@ STUDY = Study(
     arms={"sas": {}, "sa": dict(wm_heads="sa")},
     shared=dict(mode="simple", total_steps=10_000),
     tests=[More("sas", "sa")],
-    minutes=2.5,
+    minutes=3.2,
 )
 
 if __name__ == "__main__":

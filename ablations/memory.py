@@ -16,7 +16,7 @@ STUDY = Study(
     shared=dict(mode="simple", total_steps=10_000),
     tests=[More("wind, GRU", "wind", "mean_return"), More("no wind", "wind", "mean_return")],
     metric="mean_return",
-    minutes={"no wind": 2.5, "no wind, GRU": 5.0, "wind": 2.5, "wind, GRU": 5.0},
+    minutes={"no wind": 3.2, "no wind, GRU": 6.4, "wind": 3.2, "wind, GRU": 6.4},
 )
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ STUDY = Study(
     },
     tests=[More(f"dreams, {what}", f"PPO, {what}", spread=True) for what in ("seeds", "settings")],
     seeds="0-19",
-    minutes={"dreams, seeds": 2.5, "PPO, seeds": 1.7, "dreams, settings": 2.5, "PPO, settings": 1.8},
+    minutes={"dreams, seeds": 3.2, "PPO, seeds": 3.1, "dreams, settings": 3.2, "PPO, settings": 3.2},
 )
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ STUDY = Study(
     shared=dict(mode="simple", total_steps=10_000),
     tests=[More("delta", "direct", "mean_return"), More("ode", "direct", "mean_return")],
     metric="mean_return",
-    minutes={"delta": 2.5, "direct": 2.5, "ode": 4.5},
+    minutes={"delta": 3.2, "direct": 3.2, "ode": 5.8},
 )
 
 if __name__ == "__main__":

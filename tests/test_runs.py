@@ -269,9 +269,8 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
     run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
     schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, stuck=False)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, None, lambda rewards: rewards, schedule, 2)
-    assert (
-        len(given) == 2 and run.imagined_steps == 6 and log["dream/return_mean"] == pytest.approx(-97 / 2)
-    )  # the log tells the whole loss
+    assert len(given) == 2 and run.imagined_steps == 6
+    assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
     for rewards, used, seen in given:
         assert rewards == [-2.0, 5.0, -25.0] and seen is (real if grounding else None)
         assert (used.gamma, used.gae_lambda, used.grounding) == (0.5, 0.6, grounding)

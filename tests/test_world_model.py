@@ -297,6 +297,8 @@ def test_only_the_newest_steps_are_recent():
     replay = filled(random_rollout(50, 2, 1, seed=5), newest=12)
     assert set(map(tuple, replay.recent.nonzero().tolist())) == set(itertools.product(range(38, 50), range(2)))
     assert filled(random_rollout(50, 2, 1, seed=5)).recent.all()
+    steps, _ = replay.excerpts(500, 5)  # and only they are shown to the critic
+    assert {float(x) for x in steps.obs.flatten()} == {float(x) for x in replay.steps.obs[38:].flatten()}
 
 
 def test_rare_steps_are_those_near_endings_flips_and_extreme_rewards():
