@@ -37,7 +37,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.numpy import save  # torch's own leaks memory with every new size
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from world_model import (
@@ -735,7 +736,7 @@ class Run:
         every, before = self.settings.eval_every, self.saved["real_steps"]
         evaluated = before // every != self.real_steps // every or not self.goes_on()
         self.log(log | (self.evaluation() if evaluated else {}))
-        policy = {name: x.cpu().contiguous() for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
+        policy = {name: x.cpu().contiguous().numpy() for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
         write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))
         save_checkpoint(self)
         self.saved = self.counters()
@@ -900,7 +901,7 @@ def save_checkpoint(run: Run):
         tree["random_cuda"] = torch.cuda.get_rng_state(run.settings.device)
     tensors = {}
     state = json.dumps(pack(tree, tensors))
-    data = save(tensors, {"state": state})
+    data = save({name: x.numpy() for name, x in tensors.items()}, {"state": state})
     stem = run.folder / "checkpoint" / f"{run.iteration:08d}"
     write_atomically(stem.with_suffix(".safetensors"), data)
     write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest())).encode())

@@ -141,26 +141,42 @@ class Replay:
     """Everything seen so far, as one long Rollout. Whole episodes are held out, so that errors are measured on episodes never fitted."""
 
     def __init__(self, num_envs: int, obs_dim: int, holdout: int, newest: int = 0, device="cpu"):
-        flags, numbers = torch.zeros(0, num_envs, dtype=torch.bool, device=device), torch.zeros(0, num_envs, device=device)
-        vectors = torch.zeros(0, num_envs, obs_dim, device=device)
-        self.steps = Rollout(vectors, numbers.long(), numbers, vectors, flags, flags)
         self.holdout, self.newest = holdout, newest
+        zeros = functools.partial(torch.zeros, 0, num_envs, device=device)
+        vectors, numbers, flags = zeros(obs_dim), zeros(dtype=torch.long), zeros(dtype=torch.bool)
+        self.steps, self.age, self.held_out = Rollout(vectors, numbers, zeros(), vectors, flags, flags), numbers, flags
+        self.buffers = [*self.steps, self.age, self.held_out]  # the same, with room for more
+        self.going_on = numbers.new_full((num_envs,), -1)  # (N) age of each environment's last step; -1 where the next one begins an episode
+        self.episode = numbers.new_full((num_envs,), -1)  # (N) number of each environment's last episode
 
     def __len__(self) -> int:
         return self.steps.actions.numel()
 
     def add(self, rollout: Rollout):
         """Appends a Rollout that goes on exactly where the last one stopped, and numbers its episodes."""
-        self.steps = Rollout(*(torch.cat([old, new.to(old.device)]) for old, new in zip(self.steps, rollout)))
-        began = (self.steps.terminated | self.steps.truncated).roll(1, 0)
-        began[0] = True
-        time = torch.arange(len(began), device=began.device)[:, None]
-        self.age = time - torch.where(began, time, 0).cummax(0).values  # (T, N) steps since the episode began
-        episode = began.cumsum(0) - 1
-        self.held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
-        self.fitted = ~self.held_out if (~self.held_out).any() else torch.ones_like(began)
-        self.oldest = max(0, len(began) - self.newest) if self.newest else 0  # of the recent steps
-        self.recent = (time >= self.oldest).expand_as(began)  # (T, N)
+        rollout = Rollout(*(x.to(self.age.device) for x in rollout))
+        over = rollout.terminated | rollout.truncated
+        began = torch.cat([(self.going_on < 0)[None], over[:-1]])
+        time = torch.arange(len(over), device=over.device)[:, None]
+        age = time - torch.where(began, time, -1 - self.going_on).cummax(0).values  # (T, N) steps since the episode began
+        episode = self.episode + began.cumsum(0)
+        held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
+        self.going_on, self.episode = torch.where(over[-1], -1, age[-1]), episode[-1]
+        before, T = len(self.age), len(self.age) + len(age)
+        self.buffers = [append(buffer, before, new) for buffer, new in zip(self.buffers, (*rollout, age, held_out))]
+        *steps, self.age, self.held_out = (buffer[:T] for buffer in self.buffers)
+        self.steps = Rollout(*steps)
+        self.oldest = max(0, T - self.newest) if self.newest else 0  # of the recent steps
+
+    @property
+    def fitted(self) -> Tensor:
+        """(T, N): the steps a model is fitted to."""
+        return torch.ones_like(self.held_out) if self.held_out.all() else ~self.held_out
+
+    @property
+    def recent(self) -> Tensor:
+        """(T, N): the steps that are not too old."""
+        return (torch.arange(len(self.age), device=self.age.device) >= self.oldest)[:, None].expand_as(self.age)
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
@@ -211,6 +227,16 @@ class Replay:
             near[:-k] |= event[k:] & together
             near[k:] |= event[:-k] & together
         return near
+
+
+def append(buffer: Tensor, length: int, new: Tensor) -> Tensor:
+    """`buffer` with `new` behind its first `length` rows. Where they don't fit it is moved to one with twice the room: a row costs the same, however many."""
+    end = length + len(new)
+    if end > len(buffer):
+        old, buffer = buffer, new.new_empty(2 * end, *new.shape[1:])
+        buffer[:length] = old[:length]
+    buffer[length:end] = new
+    return buffer
 
 
 def sample(where: Tensor, shape: tuple) -> tuple[Tensor, Tensor]:
@@ -472,15 +498,14 @@ class WorldModel(nn.Module):
         self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
-        """Takes scales from the fitted episodes, the range of observations and the binary columns from all. Learned weights stay."""
-        both = torch.stack([replay.steps.obs, replay.steps.next_obs]).flatten(0, 2)
-        steps = Rollout(*(x[replay.fitted] for x in replay.steps))
-        ended = steps.terminated
-        self.binary.copy_(((both == 0) | (both == 1)).all(0) & self.find_binary)
+        """Takes scales from the fitted episodes (100,000 steps at most), the range of observations and the binary columns from all. Weights stay."""
+        steps = Rollout(*(x[spread(replay.fitted.nonzero(), 100_000)] for x in replay.steps))
+        ended, every = steps.terminated, (replay.steps.obs, replay.steps.next_obs)
+        self.binary.copy_(functools.reduce(torch.logical_and, [((x == 0) | (x == 1)).all(0).all(0) for x in every]) & self.find_binary)
         self.obs_scale.fit(steps.obs, keep=self.binary)
         self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
         self.slope.copy_((self.obs_scale.std / self.change_scale.std).median())
-        low, high = both.amin(0), both.amax(0)
+        low, high = torch.stack([x.amin((0, 1)) for x in every]).amin(0), torch.stack([x.amax((0, 1)) for x in every]).amax(0)
         self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
         for rewards, scale, range in (
             (steps.rewards[~ended], self.reward_scale, self.reward_range),
