@@ -47,7 +47,7 @@ STUDY = Study(
         "autoencoder, weight 2": dict(uncertainty="autoencoder", wm_autoencoder=2.0),
         "both": dict(uncertainty="both"),
     },
-    shared=dict(mode="simple", total_steps=10_000),
+    shared=dict(mode="simple", total_steps=6_000),
     tests=[Often("both", "autoencoder_finds"), Often("both", "autoencoder_finds_more"), More("autoencoder", "none", "mean_return")],
     metric="mean_return",
     measure=torch.no_grad()(areas),

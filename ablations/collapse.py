@@ -40,7 +40,7 @@ STUDY = Study(
     question="Which ingredients make the return collapse after a first improvement, and does the model's accuracy collapse at the same time?",
     claim="With all ingredients the return falls further than with the defaults, in most runs by 150 or more, and in most runs the model's error doubles meanwhile.",
     arms=ARMS,
-    shared=dict(mode="simple", total_steps=10_000),
+    shared=dict(mode="simple", total_steps=6_000),
     tests=[More("all", "default", "fall"), Often("all", "fell"), Often("all", "model_collapsed")],
     metric="fall",
     measure=model_collapse,

@@ -10,10 +10,10 @@ STUDY = Study(
     question="How many members does the ensemble need?",
     claim="Five members, the default, return more on the way than one, and so do three.",
     arms={str(size): dict(wm_ensemble=size) for size in (5, 1, 2, 3, 7)},
-    shared=dict(mode="simple", total_steps=10_000),
+    shared=dict(mode="simple", total_steps=6_000),
     tests=[More("5", "1", "mean_return"), More("3", "1", "mean_return")],
     metric="mean_return",
-    minutes={"5": 3.2, "1": 1.8, "2": 2.2, "3": 2.6, "7": 4.0},
+    minutes={"5": 1.9, "1": 1.1, "2": 1.3, "3": 1.5, "7": 2.4},
 )
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ STUDY = Study(
     question="Does it matter to the policy whether reward and ending are predicted from (obs, action) or from (obs, action, next_obs)?",
     claim="With next_obs, the default, the final score is higher.",
     arms={"sas": {}, "sa": dict(wm_heads="sa")},
-    shared=dict(mode="simple", total_steps=10_000),
+    shared=dict(mode="simple", total_steps=6_000),
     tests=[More("sas", "sa")],
-    minutes=3.2,
 )
 
 if __name__ == "__main__":

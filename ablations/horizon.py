@@ -12,7 +12,7 @@ STUDY = Study(
     question="Is a horizon driven by the model's error better than a fixed one?",
     claim="The driven horizon returns more on the way than dreams of 60 and than dreams of 600 steps.",
     arms={"600": {}, "60": dict(horizon=60), "driven": dict(horizon=0)},
-    shared=dict(mode="simple", total_steps=10_000),
+    shared=dict(mode="simple", total_steps=6_000),
     tests=[More("driven", "60", "mean_return"), More("driven", "600", "mean_return")],
     metric="mean_return",
 )

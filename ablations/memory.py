@@ -13,10 +13,10 @@ STUDY = Study(
     question="Does the model need a memory?",
     claim="A model with a memory returns more on the way where there is wind, and with wind its agent returns less than without when it has none.",
     arms={"no wind": {}, "no wind, GRU": GRU, "wind": WIND, "wind, GRU": WIND | GRU},
-    shared=dict(mode="simple", total_steps=10_000),
+    shared=dict(mode="simple", total_steps=6_000),
     tests=[More("wind, GRU", "wind", "mean_return"), More("no wind", "wind", "mean_return")],
     metric="mean_return",
-    minutes={"no wind": 3.2, "no wind, GRU": 6.4, "wind": 3.2, "wind, GRU": 6.4},
+    minutes={"no wind": 1.9, "no wind, GRU": 3.8, "wind": 1.9, "wind, GRU": 3.8},
 )
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ STUDY = Study(
         "drawn gathering": DRAWN,
         "warm gathering": DRAWN | dict(gather_temperature=2.0),
     },
-    shared=dict(mode="simple", total_steps=10_000),
+    shared=dict(mode="simple", total_steps=6_000),
     tests=[More("2", "1", "mean_return"), More("warm gathering", "1", "mean_return")],
     metric="mean_return",
 )
