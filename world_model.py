@@ -740,7 +740,7 @@ class Dream:
         self.beginnings, self.rare, recent = beginnings, rare, replay.recent
         kinds = (replay.age == 0) & recent, replay.rare(model.binary, reach=10) & recent, recent
         self.places = [(kind if kind.any() else recent).nonzero() for kind in kinds]
-        self.known = replay.steps.obs[spread(recent.nonzero(), 4096)]
+        self.known = replay.steps.obs[spread(self.places[-1], 4096)]
         s, device = settings, model.binary.device
         ensemble, autoencoder = s.uncertainty in ("ensemble", "both"), s.uncertainty in ("autoencoder", "both")
         self.weights = torch.tensor([float(ensemble), s.wm_autoencoder * autoencoder], device=device)

@@ -658,7 +658,7 @@ def test_10_our_environments_are_gymnasiums_asynchronous_ones():
 @trials(4_000, 300_000)
 @pytest.mark.parametrize("mode", ["ppo", "simple"])
 def test_14_long_runs_do_not_leak(mode, trials, tmp_path, monkeypatch):
-    """Memory after a third of the steps and at the end; what grows of right is the replay: its tensors, and their copies in a save."""
+    """Memory after a third of the steps and at the end, the growing replay of a run in dreams included."""
     in_brief(monkeypatch)
     sizes = tmp_path / "sizes"
 
@@ -679,4 +679,4 @@ def test_14_long_runs_do_not_leak(mode, trials, tmp_path, monkeypatch):
     print(
         f"{mode}: {memory[warm][0] / 2**20:.0f} MiB, grows by {growth / 2**20:.1f} MiB, checkpoint by {(saved[-1] - saved[warm][0]) / 2**20:.1f}"
     )
-    assert growth < 0.05 * memory[warm][0] + 3 * (saved[-1] - saved[warm][0])
+    assert growth < 0.05 * memory[warm][0]

@@ -151,15 +151,18 @@ def test_a_run_that_diverged_counts_as_the_worst_and_is_not_run_again(script):
     assert run.judge(s, rows(s))[0] != "reproduced"
 
 
-def test_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(script):
-    s = study(dict(slow=dict(gamma=0.4)))
+@pytest.mark.parametrize(
+    "backend, runs, kills",
+    [("loky", 12, 2), pytest.param("loky", 24, 5, marks=pytest.mark.slow), pytest.param("dask", 24, 5, marks=pytest.mark.slow)],
+)
+def test_12_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(backend, runs, kills, script):
+    s = study(dict(slow=dict(gamma=0.8)))
 
     def murderer():
-        while len(killed) < 2 and not over.wait(0.5):
-            workers = {
-                int(path.read_text().split()[-1]) for path in Path("runs").rglob("calls") if not (path.parent / "summary.json").exists()
-            }
-            for worker in sorted(workers - {os.getpid(), 1})[:1]:
+        while len(killed) < kills and not over.wait(0.5):
+            at_work = [path for path in Path("runs").rglob("calls") if not (path.parent / "summary.json").exists()]
+            workers = {int(path.read_text().split()[-1]) for path in at_work} - {os.getpid(), 1}
+            for worker in sorted(workers - set(killed))[:1]:
                 with contextlib.suppress(OSError):
                     os.kill(worker, signal.SIGKILL)
                     killed.append(worker)
@@ -167,10 +170,12 @@ def test_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(script)
     killed, over = [], threading.Event()
     thread = threading.Thread(target=murderer)
     thread.start()
-    assert batch(s, script, seeds="0-11") == 0
+    assert batch(s, script, seeds=f"0-{runs - 1}", backend=backend) == 0
     over.set()
     thread.join()
-    assert killed and len(rows(s)) == 12 and batch(s, script, seeds="0-11") == 0 and max(calls()) <= 1 + len(killed)
+    assert len(killed) == kills and len(rows(s)) == runs
+    begun = calls()
+    assert batch(s, script, seeds=f"0-{runs - 1}", backend=backend) == 0 and calls() == begun and sum(begun) <= runs + kills
 
 
 PAGE = """
