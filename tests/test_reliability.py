@@ -4,6 +4,7 @@ A few trials of each always run; the full numbers run with `pytest -m slow`. Pro
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import math
@@ -680,3 +681,12 @@ def test_14_long_runs_do_not_leak(mode, trials, tmp_path, monkeypatch):
         f"{mode}: {memory[warm][0] / 2**20:.0f} MiB, grows by {growth / 2**20:.1f} MiB, checkpoint by {(saved[-1] - saved[warm][0]) / 2**20:.1f}"
     )
     assert growth < 0.05 * memory[warm][0]
+
+
+def test_14_checkpoints_of_ever_new_sizes_leave_nothing_behind(tmp_path, monkeypatch):
+    """A library that makes a C array's type for each new size of a tensor keeps it for ever."""
+    in_brief(monkeypatch)
+    assert train(tmp_path, total_steps=120) == 0
+    types = len(ctypes.Array.__subclasses__())
+    assert train(tmp_path, total_steps=300) == 0
+    assert len(ctypes.Array.__subclasses__()) == types
