@@ -146,8 +146,8 @@ class Replay:
         vectors, numbers, flags = zeros(obs_dim), zeros(dtype=torch.long), zeros(dtype=torch.bool)
         self.steps, self.age, self.held_out = Rollout(vectors, numbers, zeros(), vectors, flags, flags), numbers, flags
         self.buffers = [*self.steps, self.age, self.held_out]  # the same, with room for more
-        self.going_on = numbers.new_full((num_envs,), -1)  # (N) age of each environment's last step; -1 where the next one begins an episode
-        self.episode = numbers.new_full((num_envs,), -1)  # (N) number of each environment's last episode
+        self.going_on = numbers.new_full((num_envs,), -1)  # (N) age of the newest steps; -1 where an episode begins with the next
+        self.episode = numbers.new_full((num_envs,), -1)  # (N) number of the newest episodes
 
     def __len__(self) -> int:
         return self.steps.actions.numel()
