@@ -86,8 +86,8 @@ class Settings(ModelSettings):
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
-    growth: float = setting(0.0625, "Real steps between two fits, as a share of those so far, up to --num-steps: little data is soon learned.", 1e-6, 1e9, "Real environment")
-    warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Real environment")
+    growth: float = setting(0.0625, "Real steps between two fits, as a share of those so far, up to --num-steps: little data is soon learned.", 1e-6, 1e9, "Gathering")
+    warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
@@ -104,14 +104,14 @@ class Settings(ModelSettings):
     temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
-    rounds: int = setting(5, "PPO updates in dreams between two gatherings.", 1, 1_000_000, "Dreams")
+    rounds: int = setting(5, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
     dreams: int = setting(200, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(120, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest real steps whose episode ended, or of good endings; else in full.", panel="Dreams")
-    renew_growth: float = setting(0.5, "As long as no real episode has ended well of late, and nothing gets better, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
+    caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest 1,000 real steps whose episode ended, or of good ones among ten endings; else in full.", panel="Dreams")
+    renew_growth: float = setting(0.5, "As long as no real episode has ended well in 2,000 steps, and most come to no end, or pay no more than before, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
@@ -463,7 +463,7 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
-    stuck: bool  # no good ending of late, and most episodes come to no end at all, or the reward does not grow
+    stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
     def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
@@ -474,13 +474,14 @@ class Schedule(NamedTuple):
             good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
         sight = max(1 - ended, good)
         before, now = replay.reward_rates(steps)
+        safe = len(ago) > 0 and bool(well.all())  # where every ending is good, none is shunned
         return cls(
             good=good,
             caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            stuck=good == 0 and (ended < 0.5 or now <= before),
+            stuck=good == 0 and not safe and (not now > before or (len(ago) > 0 and ended < 0.5)),
         )
 
 
@@ -1101,9 +1102,8 @@ def train(ctx: typer.Context, given: dict):
         return
     settings, view = Settings.resolve(given), View()
     panels = {f.name: f.metadata["panel"] for f in fields(Settings)}
-    unused = dict(ppo=("Exploring", "World model", "Dreams", "Planning"), simple=("Planning",), mpc=("Exploring", "PPO", "Dreams"))[
-        settings.mode
-    ]
+    in_dreams = ("Gathering", "Exploring", "World model", "Dreams", "Planning")
+    unused = dict(ppo=in_dreams, simple=("Planning",), mpc=("Exploring", "PPO", "Dreams"))[settings.mode]
     idle = [name for name in given if panels[name] in unused]
     if idle:
         view.say(f"Without effect in --mode {settings.mode}: {', '.join(idle)}.")

@@ -171,7 +171,7 @@ class Replay:
     @property
     def fitted(self) -> Tensor:
         """(T, N): the steps a model is fitted to."""
-        return torch.ones_like(self.held_out) if self.held_out.all() else ~self.held_out
+        return ~self.held_out
 
     @property
     def recent(self) -> Tensor:
@@ -204,10 +204,10 @@ class Replay:
         return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= rewards.median()
 
     def reward_rates(self, latest: int) -> tuple[float, float]:
-        """The mean reward of a step before the latest so many real steps, among as many, and since then; -inf where there was none."""
+        """The mean reward of a step before the latest so many real steps, among as many, and since then; NaN where there was none."""
         n = math.ceil(latest / self.age.shape[1])
         before, now = self.steps.rewards[-2 * n : -n], self.steps.rewards[-n:]
-        return float(before.mean()) if len(before) else -math.inf, float(now.mean())
+        return float(before.mean()), float(now.mean())
 
     def excerpts(self, number: int, length: int) -> tuple[Rollout, Tensor]:
         """Random windows of `length` recent real steps, or as many as there are: fields (L, number, ...), and which lie in the first one's episode."""
@@ -246,7 +246,7 @@ def sample(where: Tensor, shape: tuple) -> tuple[Tensor, Tensor]:
 
 def spread(where: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """At most `limit` of the rows (t, n) of `where`, evenly spaced: no randomness is used up by measuring."""
-    return where[torch.linspace(0, len(where) - 1, min(limit, len(where)), device=where.device).long()].unbind(-1)
+    return where[torch.linspace(0, len(where) - 1, min(limit, len(where)), dtype=torch.float64, device=where.device).long()].unbind(-1)
 
 
 def quantiles(x: Tensor, *q: float) -> list[Tensor]:
@@ -498,19 +498,21 @@ class WorldModel(nn.Module):
         self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
-        """Takes scales from the fitted episodes (100,000 steps at most), the range of observations and the binary columns from all. Weights stay."""
-        steps = Rollout(*(x[spread(replay.fitted.nonzero(), 100_000)] for x in replay.steps))
-        ended, every = steps.terminated, (replay.steps.obs, replay.steps.next_obs)
+        """Takes scales from the fitted episodes (of observations from 100,000 steps), the range of observations and binary columns from all. Weights stay."""
+        places = spread(replay.fitted.nonzero(), 100_000)
+        obs, change = replay.steps.obs[places], replay.steps.next_obs[places] - replay.steps.obs[places]
+        every = replay.steps.obs, replay.steps.next_obs
         self.binary.copy_(functools.reduce(torch.logical_and, [((x == 0) | (x == 1)).all(0).all(0) for x in every]) & self.find_binary)
-        self.obs_scale.fit(steps.obs, keep=self.binary)
-        self.change_scale.fit(steps.next_obs - steps.obs, keep=self.binary)
+        self.obs_scale.fit(obs, keep=self.binary)
+        self.change_scale.fit(change, keep=self.binary)
         self.slope.copy_((self.obs_scale.std / self.change_scale.std).median())
         low, high = torch.stack([x.amin((0, 1)) for x in every]).amin(0), torch.stack([x.amax((0, 1)) for x in every]).amax(0)
         self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
-        for rewards, scale, range in (
-            (steps.rewards[~ended], self.reward_scale, self.reward_range),
-            (steps.rewards[ended], self.last_reward_scale, self.last_reward_range),
+        for where, scale, range in (
+            (replay.fitted & ~replay.steps.terminated, self.reward_scale, self.reward_range),
+            (replay.fitted & replay.steps.terminated, self.last_reward_scale, self.last_reward_range),
         ):
+            rewards = replay.steps.rewards[where]
             if len(rewards):
                 scale.fit(rewards)
                 range.copy_(torch.stack([rewards.min(), rewards.max()]))

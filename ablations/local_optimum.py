@@ -12,7 +12,7 @@ INGREDIENTS = {
     "no uncertainty": dict(uncertainty="none"),
     "heads (s, a)": dict(wm_heads="sa"),
     "newest data": dict(wm_newest=2000),
-    "few refits": dict(num_steps=1000, growth=1.0, rounds=20),  # as many PPO updates late in a run, a quarter of the fits
+    "few refits": dict(wm_updates=50),  # a quarter of the model's updates; evaluations at the same steps as in all arms
     "fear of endings": dict(caution=False),
     "far sight at once": dict(gamma=0.998),
     "long dreams trusted": dict(good_lambda=0.99, grounding=0.0),  # a critic that knows dreams only

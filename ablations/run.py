@@ -373,12 +373,12 @@ def values(study: Study, rows: list[dict], arm: str, what: str) -> np.ndarray:
     """`what` of each run of an arm. Runs that have none, because they diverged or never got there, count as the worst of all arms."""
     found = [row.get(what) for row in rows if row["arm"] == arm]
     known = [row[what] for row in rows if row.get(what) is not None]
-    worst = (max if what in study.costs else min)(known, default=np.nan)
+    worst = False if yes_or_no(rows, what) else (max if what in study.costs else min)(known, default=np.nan)
     return np.array([worst if x is None else x for x in found], float)
 
 
 def yes_or_no(rows: list[dict], what: str) -> bool:
-    return all(isinstance(row.get(what), bool | None) for row in rows)
+    return {type(row.get(what)) for row in rows} in ({bool}, {bool, type(None)})
 
 
 def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
@@ -387,7 +387,7 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
     for test in study.tests:
         if isinstance(test, Often):
             x = values(study, rows, test.arm, test.what)
-            text, size = f"{test.what} in more than {test.share:.0%} of {test.arm}", len(x)
+            text, size = f"{test.what} in more than {test.share:.0%} of {test.arm}", int(np.isfinite(x).sum())
             if size >= 3:
                 share, low, high = stats.rate(int(x.sum()), size)
                 p, right = stats.share_test(int(x.sum()), size, test.share), share > test.share
@@ -396,7 +396,8 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
             x, y = values(study, rows, test.of, test.what), values(study, rows, test.than, test.what)
             if test.spread:
                 x, y = (abs(z - np.median(z)) if len(z) else z for z in (x, y))
-            text, size = f"{'more spread of' if test.spread else 'more'} {test.what} in {test.of} than in {test.than}", min(len(x), len(y))
+            text = f"{'more spread of' if test.spread else 'more'} {test.what} in {test.of} than in {test.than}"
+            size = min(int(np.isfinite(z).sum()) for z in (x, y))  # none is, where no run of any arm has a number
             if size >= 3 and yes_or_no(rows, test.what):
                 p, right = stats.fisher(int(x.sum()), len(x), int(y.sum()), len(y)), x.mean() > y.mean()
                 number = f"{x.mean():.0%} and {y.mean():.0%}"
@@ -406,7 +407,7 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
         found.append(
             dict(test=text, found=number, p=p, right=right)
             if size >= 3
-            else dict(test=text, found="fewer than three runs", p=1.0, right=False)
+            else dict(test=text, found="fewer than three runs have it", p=1.0, right=False)
         )
     for row, p in zip(found, stats.holm([row["p"] for row in found])):
         row |= dict(p=p, verdict="inconclusive" if not p < 0.05 else "reproduced" if row["right"] else "not reproduced")

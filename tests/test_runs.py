@@ -232,9 +232,12 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
 @pytest.mark.parametrize(
     "ended, ago, well, rates, stuck",
     [
-        (0.1, [], [], (0, 1), True),  # hovering
-        (0.1, [3000], [False], (0, 1), True),
-        (0.1, [3000], [True], (1, 0), True),  # a good ending, long ago
+        (0.0, [], [], (0, 1), False),  # an environment without endings
+        (0.0, [], [], (1, 1), True),
+        (0.0, [3000] * 12, [False] * 2 + [True] * 10, (1, 1), False),  # nothing to shun: a pole that is balanced for good
+        (0.45, [3000], [False], (0, 1), True),  # hovering
+        (0.55, [3000], [False], (0, 1), False),
+        (0.1, [3500, 3000], [False, True], (1, 0), True),  # a good ending, long ago
         (0.1, [1900], [True], (1, 0), False),
         (0.9, [50, 9], [False, False], (0, 1), False),  # still learning how to crash
         (0.9, [50, 9], [False, False], (1, 1), True),

@@ -52,13 +52,13 @@ if __name__ == "__main__":
     words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
     folder, seed, crash = Path(words["--run-dir"]), int(words["--seed"]), float(words.get("--lr", 0))
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "calls", "a") as file:
-        file.write(f"{os.getppid()}\\n")
-    calls = len((folder / "calls").read_text().splitlines())
     def save(*_):
         (folder / "saved").write_text("")
         sys.exit(143)
     signal.signal(signal.SIGTERM, save)
+    with open(folder / "calls", "a") as file:
+        file.write(f"{os.getppid()}\\n")
+    calls = len((folder / "calls").read_text().splitlines())
     if crash == 2 and seed == 1:
         sys.exit("Error: it is always wrong")
     time.sleep(float(words.get("--gamma", 0)))
@@ -110,6 +110,7 @@ def test_a_batch_runs_each_seed_of_each_arm_once_and_a_second_one_runs_nothing(s
     assert [(row["arm"], row["seed"], row["final_return_mean"]) for row in rows(study())] == [
         (arm, seed, score + seed) for arm, score in (("high", 300), ("low", 100)) for seed in range(3)
     ]
+    assert all(row["mean_return"] == (0.5 + 1) / 2 * row["final_return_mean"] for row in rows(study()))  # all evaluations but the first
     assert batch(study(), script) == 0 and calls() == [1] * 6
     assert batch(study(), script, seeds="1-4") == 0 and calls() == [1] * 10 and len(rows(study())) == 10
     said = capsys.readouterr().out
@@ -326,6 +327,14 @@ def made_up(**arms) -> list[dict]:
     (range(0, 10), range(1, 11), "inconclusive"), (range(2), range(100, 102), "inconclusive"), ([5] * 10, [5] * 10, "inconclusive")])  # fmt: skip
 def test_a_verdict_needs_a_difference_beyond_chance_in_the_declared_direction(low, high, verdict):
     assert run.judge(study(), made_up(low=low, high=high))[0] == verdict
+
+
+def test_runs_without_an_answer_are_no_successes_and_without_any_there_is_no_verdict():
+    lucky = [dict(arm="low", seed=i, lucky=True if i < 4 else None, number=None) for i in range(10)]
+    judged = lambda *tests: run.judge(Study("x", "", "", {}, list(tests)), lucky + [dict(row, arm="high", lucky=None) for row in lucky])  # noqa: E731
+    assert judged(Often("low", "lucky"))[1][0]["found"].startswith("40%")
+    assert judged(Often("low", "lucky"))[0] == "inconclusive"
+    assert judged(More("high", "low", "number"), Often("low", "number"))[0] == "inconclusive"
 
 
 def test_each_kind_of_declared_test_finds_what_was_put_in():

@@ -293,6 +293,17 @@ def test_a_spread_is_even_and_uses_up_no_randomness():
     assert torch.equal(torch.stack(spread(where, 1000), 1), where) and torch.equal(torch.get_rng_state(), before)
 
 
+def test_scales_are_those_of_the_fitted_steps_and_ranges_of_all():
+    replay, model = filled(random_rollout(400, 2, 3, seed=6)), WorldModel(3, 2, ModelSettings(wm_margin=0.0))
+    model.adapt(replay)
+    fitted, both = replay.steps.obs[~replay.held_out], torch.cat([replay.steps.obs, replay.steps.next_obs])
+    assert replay.held_out.any() and torch.allclose(model.obs_scale.mean, fitted.mean(0), atol=1e-5)
+    assert torch.allclose(model.obs_scale.std, fitted.std(0, correction=0), atol=1e-5)
+    assert torch.equal(model.obs_low, both.amin((0, 1))) and torch.equal(model.obs_high, both.amax((0, 1)))
+    rewards = replay.steps.rewards[~replay.held_out & replay.steps.terminated]
+    assert model.last_reward_range.tolist() == [rewards.min(), rewards.max()]
+
+
 def test_only_the_newest_steps_are_recent():
     replay = filled(random_rollout(50, 2, 1, seed=5), newest=12)
     assert set(map(tuple, replay.recent.nonzero().tolist())) == set(itertools.product(range(38, 50), range(2)))
@@ -763,7 +774,9 @@ def test_rewards_of_late_are_compared_with_those_of_as_many_steps_before():
     rewards, obs = torch.arange(10.0).view(5, 2), torch.zeros(5, 2, 1)
     replay.add(Rollout(obs, torch.zeros(5, 2).long(), rewards, obs, flags, flags))
     assert replay.reward_rates(4) == ((2 + 3 + 4 + 5) / 4, (6 + 7 + 8 + 9) / 4)
-    assert replay.reward_rates(6) == ((0 + 1 + 2 + 3) / 4, 6.5) and replay.reward_rates(10) == (-math.inf, 4.5)
+    assert replay.reward_rates(6) == ((0 + 1 + 2 + 3) / 4, 6.5) and replay.reward_rates(5) == replay.reward_rates(6)
+    before, now = replay.reward_rates(10)
+    assert math.isnan(before) and now == 4.5
 
 
 def test_endings_say_how_long_ago_they_were_and_whether_they_paid_at_least_what_a_usual_step_pays():
