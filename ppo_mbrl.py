@@ -37,7 +37,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.numpy import save  # torch's own leaks memory with every new size
+from safetensors.numpy import save  # of contiguous arrays; torch's own leaks memory with every new size
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -162,11 +162,15 @@ class Replay:
         episode = self.episode + began.cumsum(0)
         held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
         self.going_on, self.episode = torch.where(over[-1], -1, age[-1]), episode[-1]
-        before, T = len(self.age), len(self.age) + len(age)
-        self.buffers = [append(buffer, before, new) for buffer, new in zip(self.buffers, (*rollout, age, held_out))]
-        *steps, self.age, self.held_out = (buffer[:T] for buffer in self.buffers)
+        T = len(self.age)
+        self.buffers = [append(buffer, T, new) for buffer, new in zip(self.buffers, (*rollout, age, held_out))]
+        *steps, self.age, self.held_out = (buffer[: T + len(age)] for buffer in self.buffers)
         self.steps = Rollout(*steps)
-        self.oldest = max(0, T - self.newest) if self.newest else 0  # of the recent steps
+
+    @property
+    def oldest(self) -> int:
+        """The first of the recent steps."""
+        return max(0, len(self.age) - self.newest) if self.newest else 0
 
     @property
     def fitted(self) -> Tensor:
@@ -498,15 +502,14 @@ class WorldModel(nn.Module):
         self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
-        """Takes scales from the fitted episodes (of observations from 100,000 steps), the range of observations and binary columns from all. Weights stay."""
-        places = spread(replay.fitted.nonzero(), 100_000)
-        obs, change = replay.steps.obs[places], replay.steps.next_obs[places] - replay.steps.obs[places]
-        every = replay.steps.obs, replay.steps.next_obs
-        self.binary.copy_(functools.reduce(torch.logical_and, [((x == 0) | (x == 1)).all(0).all(0) for x in every]) & self.find_binary)
+        """Takes scales from the fitted episodes (of observations from every k-th step, 100,000 or so), ranges and binary columns from all. Weights stay."""
+        both, thinned = (replay.steps.obs, replay.steps.next_obs), slice(None, None, 1 + len(replay) // 100_000)
+        obs, next_obs = (x[thinned][replay.fitted[thinned]] for x in both)
+        self.binary.copy_(torch.logical_and(*(((x == 0) | (x == 1)).all(0).all(0) for x in both)) & self.find_binary)
         self.obs_scale.fit(obs, keep=self.binary)
-        self.change_scale.fit(change, keep=self.binary)
+        self.change_scale.fit(next_obs - obs, keep=self.binary)
         self.slope.copy_((self.obs_scale.std / self.change_scale.std).median())
-        low, high = torch.stack([x.amin((0, 1)) for x in every]).amin(0), torch.stack([x.amax((0, 1)) for x in every]).amax(0)
+        low, high = torch.minimum(*(x.amin((0, 1)) for x in both)), torch.maximum(*(x.amax((0, 1)) for x in both))
         self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
         for where, scale, range in (
             (replay.fitted & ~replay.steps.terminated, self.reward_scale, self.reward_range),

@@ -162,7 +162,7 @@ def test_12_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(back
     def murderer():
         while len(killed) < kills and not over.wait(0.5):
             at_work = [path for path in Path("runs").rglob("calls") if not (path.parent / "summary.json").exists()]
-            workers = {int(path.read_text().split()[-1]) for path in at_work} - {os.getpid(), 1}
+            workers = {int(pid) for path in at_work for pid in path.read_text().split()[-1:]} - {os.getpid(), 1}
             for worker in sorted(workers - set(killed))[:1]:
                 with contextlib.suppress(OSError):
                     os.kill(worker, signal.SIGKILL)
