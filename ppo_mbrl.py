@@ -475,13 +475,14 @@ class Schedule(NamedTuple):
         sight = max(1 - ended, good)
         before, now = replay.reward_rates(steps)
         safe = len(ago) > 0 and bool(well.all())  # where every ending is good, none is shunned
+        shuns = ended < 0.5 and not (len(ago) == 0 and now > before)  # nor where there is none
         return cls(
             good=good,
             caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            stuck=good == 0 and not safe and (not now > before or (len(ago) > 0 and ended < 0.5)),
+            stuck=good == 0 and not safe and (shuns or now <= before),
         )
 
 

@@ -241,6 +241,8 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
         (0.1, [1900], [True], (1, 0), False),
         (0.9, [50, 9], [False, False], (0, 1), False),  # still learning how to crash
         (0.9, [50, 9], [False, False], (1, 1), True),
+        (0.9, [50, 9], [False, False], (math.nan, 0), False),  # nothing to compare with yet
+        (0.0, [], [], (math.nan, 0), True),
         (0.9, [50] * 10, [True] + [False] * 9, (1, 0), False),
         (0.9, [50] * 11, [True] + [False] * 10, (1, 0), True),  # the latest ten
     ],
