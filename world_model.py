@@ -145,7 +145,8 @@ class Replay:
         zeros = functools.partial(torch.zeros, 0, num_envs, device=device)
         vectors, numbers, flags = zeros(obs_dim), zeros(dtype=torch.long), zeros(dtype=torch.bool)
         self.steps, self.age, self.held_out = Rollout(vectors, numbers, zeros(), vectors, flags, flags), numbers, flags
-        self.buffers = [*self.steps, self.age, self.held_out]  # the same, with room for more
+        room = 1 + 4_000_000 // (num_envs * obs_dim)  # 16 MB of observations; what is not filled takes up no memory
+        self.buffers = [x.new_empty(room, *x.shape[1:]) for x in (*self.steps, self.age, self.held_out)]  # the same, with room for more
         self.going_on = numbers.new_full((num_envs,), -1)  # (N) age of the newest steps; -1 where an episode begins with the next
         self.episode = numbers.new_full((num_envs,), -1)  # (N) number of the newest episodes
 
@@ -196,11 +197,12 @@ class Replay:
 
     def share_ended(self, latest: int) -> float:
         """The share of the latest so many steps whose episode has ended, and was neither cut off nor goes on still."""
-        terminated, truncated = self.steps.terminated, self.steps.truncated
-        time = torch.arange(len(terminated), device=terminated.device)[:, None]
-        last = torch.where(terminated | truncated, time, len(time)).flip(0).cummin(0).values.flip(0)  # (T, N) step of its own episode
-        ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step T, still to come, has not ended
-        return float(ended[-math.ceil(latest / ended.shape[1]) :].float().mean())
+        n = math.ceil(latest / self.age.shape[1])
+        terminated, over = self.steps.terminated[-n:], (self.steps.terminated | self.steps.truncated)[-n:]
+        time = torch.arange(len(over), device=over.device)[:, None]
+        last = torch.where(over, time, len(over)).flip(0).cummin(0).values.flip(0)  # (n, N) step of its own episode
+        ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step n, still to come, has not ended
+        return float(ended.float().mean())
 
     def endings(self) -> tuple[Tensor, Tensor]:
         """All endings so far: how many real steps each lies back (K), and whether it was good, with at least the median reward (K)."""

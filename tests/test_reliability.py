@@ -656,12 +656,9 @@ def test_10_our_environments_are_gymnasiums_asynchronous_ones():
     theirs.close()
 
 
-@trials(4_000, 300_000)
-@pytest.mark.parametrize("mode", ["ppo", "simple"])
-def test_14_long_runs_do_not_leak(mode, trials, tmp_path, monkeypatch):
-    """Memory after a third of the steps and at the end, the growing replay of a run in dreams included."""
-    in_brief(monkeypatch)
-    sizes = tmp_path / "sizes"
+def weigh(sizes: Path, folder: Path, **settings) -> int:
+    """A run that notes its memory after each checkpoint: real steps, resident bytes, bytes of the checkpoint."""
+    save_checkpoint = ppo_mbrl.save_checkpoint
 
     def weighed(run):
         save_checkpoint(run)
@@ -669,9 +666,19 @@ def test_14_long_runs_do_not_leak(mode, trials, tmp_path, monkeypatch):
         with open(sizes, "a") as file:
             file.write(f"{run.real_steps} {pages * resource.getpagesize()} {newest(run.folder).stat().st_size}\n")
 
-    save_checkpoint = ppo_mbrl.save_checkpoint
-    monkeypatch.setattr(ppo_mbrl, "save_checkpoint", weighed)
-    process = forked(train, tmp_path / "run", mode=mode, total_steps=trials, num_steps=500)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        in_brief(monkeypatch)
+        monkeypatch.setattr(ppo_mbrl, "save_checkpoint", weighed)
+        return train(folder, **settings)
+
+
+@trials(4_000, 300_000)
+@pytest.mark.parametrize("mode", ["ppo", "simple"])
+def test_14_long_runs_do_not_leak(mode, trials, tmp_path):
+    """Memory after a third of the steps and at the end, in a process of its own, the growing replay of a run in dreams included."""
+    sizes, settings = tmp_path / "sizes", dict(mode=mode, total_steps=trials, num_steps=500)
+    process = multiprocessing.get_context("spawn").Process(target=weigh, args=(sizes, tmp_path / "run"), kwargs=settings)
+    process.start()
     process.join()
     assert process.exitcode == 0
     steps, memory, saved = np.loadtxt(sizes).T

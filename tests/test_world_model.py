@@ -242,10 +242,11 @@ def filled(rollout: Rollout, holdout: int = 10, newest: int = 0) -> Replay:
     return replay
 
 
-@pytest.mark.parametrize("seed, holdout, pieces", [(0, 10, 1), (1, 4, 3), (2, 2, 7)])
-def test_a_replay_numbers_episodes_like_a_plain_loop(seed, holdout, pieces):
-    whole = random_rollout(120, 3, 2, seed)
-    replay = Replay(3, 2, holdout)
+@pytest.mark.parametrize("seed, holdout, pieces, obs_dim", [(0, 10, 1, 2), (1, 4, 3, 2), (2, 2, 7, 20_000)])
+def test_a_replay_numbers_episodes_like_a_plain_loop(seed, holdout, pieces, obs_dim):
+    whole = random_rollout(120, 3, obs_dim, seed)
+    replay = Replay(3, obs_dim, holdout)
+    room = len(replay.buffers[0])
     for part in np.array_split(np.arange(120), pieces):
         replay.add(Rollout(*(x[part] for x in whole)))
     over = (whole.terminated | whole.truncated).numpy()
@@ -256,6 +257,7 @@ def test_a_replay_numbers_episodes_like_a_plain_loop(seed, holdout, pieces):
             assert bool(replay.held_out[t, n]) == (episode % holdout == min(2, holdout - 1))
             age, episode = (0, episode + 1) if over[t, n] else (age + 1, episode)
     assert all(torch.equal(a, b) for a, b in zip(replay.steps, whole)) and len(replay) == 360
+    assert (room < 120) == (obs_dim == 20_000)  # it was outgrown
 
 
 @pytest.mark.parametrize("before, after", [(0, 1), (4, 1), (3, 5)])
