@@ -37,7 +37,6 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.numpy import save  # of contiguous arrays; torch's own leaks memory with every new size
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -694,8 +693,8 @@ class Run:
                 self.summary = summary if verdict(summary) and summary["status"] == "finished" else None
         if self.summary is None:
             path.unlink(missing_ok=True)
-            write_atomically(self.folder / "config.json", json.dumps(asdict(self.settings), indent=1).encode())
-            write_atomically(self.folder / "env.json", json.dumps(surroundings(self.settings), indent=1).encode())
+            write_json(self.folder / "config.json", asdict(self.settings))
+            write_json(self.folder / "env.json", surroundings(self.settings))
             self.board = tensorboard(self.folder, self.real_steps + 1) if self.settings.tensorboard else None
             self.view.start(self)
         if not restored:
@@ -738,8 +737,8 @@ class Run:
         every, before = self.settings.eval_every, self.saved["real_steps"]
         evaluated = before // every != self.real_steps // every or not self.goes_on()
         self.log(log | (self.evaluation() if evaluated else {}))
-        policy = {name: x.cpu().contiguous().numpy() for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
-        write_atomically(self.folder / "policy.safetensors", save(policy, {"env_id": self.settings.env_id}))
+        policy = {name: x for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
+        write_tensors(self.folder / "policy.safetensors", policy, env_id=self.settings.env_id)
         save_checkpoint(self)
         self.saved = self.counters()
 
@@ -805,7 +804,7 @@ class Run:
             mean, std = float(final.returns.mean()), float(final.returns.std())
             summary |= dict(final_return_mean=mean, final_return_std=std, final_episodes=len(final.returns))
             summary |= dict(outcome=outcome(evaluations, mean, self.threshold, random), hovering=bool(final.timeouts.mean() >= 0.5))
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1).encode())
+        write_json(self.folder / "summary.json", summary)
         self.summary = summary
 
 
@@ -814,9 +813,21 @@ def verdict(summary: dict) -> str:
     return (score + " after {real_steps:,} real steps").format(**summary)
 
 
+def surroundings(s: Settings) -> dict:
+    """Versions, commit and machine, for env.json."""
+    here, commit = Path(__file__).parent, ""
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
+    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    machine = dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count())
+    return dict(python=platform.python_version(), **versions, commit=commit or None, **machine, threads=s.threads, device=s.device)
+
+
 # ---------------------------------------------------------------------------------------------------------------- run folder
 
 
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}  # of checkpoints
 OWN = "config.json env.json summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
 
 
@@ -856,12 +867,12 @@ def claimed(run: Run):
         yield
 
 
-def write_atomically(path: Path, data: bytes):
+def write_atomically(path: Path, *pieces: bytes):
     """The file is the old one or the new one, never half of either, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -874,10 +885,33 @@ def write_atomically(path: Path, data: bytes):
         os.close(folder)
 
 
+def write_json(path: Path, value: dict):
+    write_atomically(path, json.dumps(value, indent=1).encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], **texts: str) -> str:
+    """Writes a .safetensors file, by its format: length of the header, header, tensors. Returns its SHA-256.
+
+    The library's own writers copy everything first, or leak memory with every new size of a tensor, or leave a file behind when they are killed.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: all are aligned
+    header, end = {"__metadata__": texts}, 0
+    for name, x in tensors.items():
+        header[name] = dict(dtype=DTYPES[x.dtype], shape=list(x.shape), data_offsets=[end, end := end + x.nbytes])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pieces = [len(text).to_bytes(8, "little"), text, *(x.cpu().contiguous().view(-1).numpy().view(np.uint8) for x in tensors.values())]
+    write_atomically(path, *pieces)
+    checksum = hashlib.sha256()
+    for piece in pieces:
+        checksum.update(piece)
+    return checksum.hexdigest()
+
+
 def pack(tree, tensors: dict, name: str = ""):
     """Moves the tensors of a nested dict or list into `tensors`, under dotted names; what is left can be written as JSON."""
     if isinstance(tree, Tensor):
-        tensors[name] = tree.detach().cpu().contiguous()
+        tensors[name] = tree.detach().cpu()
         return {"tensor": name}
     if isinstance(tree, dict):
         return {str(key): pack(value, tensors, f"{name}.{key}".lstrip(".")) for key, value in tree.items()}
@@ -903,10 +937,8 @@ def save_checkpoint(run: Run):
         tree["random_cuda"] = torch.cuda.get_rng_state(run.settings.device)
     tensors = {}
     state = json.dumps(pack(tree, tensors))
-    data = save({name: x.numpy() for name, x in tensors.items()}, {"state": state})
-    stem = run.folder / "checkpoint" / f"{run.iteration:08d}"
-    write_atomically(stem.with_suffix(".safetensors"), data)
-    write_atomically(stem.with_suffix(".json"), json.dumps(dict(sha256=hashlib.sha256(data).hexdigest())).encode())
+    path = run.folder / "checkpoint" / f"{run.iteration:08d}.safetensors"
+    write_json(path.with_suffix(".json"), dict(sha256=write_tensors(path, tensors, state=state)))
     keep_two(run.folder)
 
 
@@ -957,17 +989,6 @@ def keep_two(folder: Path):
     for path in checkpoints(folder, "*"):
         if path.name[:8] not in kept:
             path.unlink()
-
-
-def surroundings(s: Settings) -> dict:
-    """Versions, commit and machine, for env.json."""
-    here, commit = Path(__file__).parent, ""
-    with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
-    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    machine = dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count())
-    return dict(python=platform.python_version(), **versions, commit=commit or None, **machine, threads=s.threads, device=s.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- live view

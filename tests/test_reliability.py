@@ -6,6 +6,7 @@ A few trials of each always run; the full numbers run with `pytest -m slow`. Pro
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import math
 import multiprocessing
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from safetensors import safe_open
 from safetensors.torch import save
 from test_runs import RUNS, SCRIPTS, TINY, command, contents, fingerprint, flags, in_brief, interrupted_after, rows_of, summary_of, train
 
@@ -85,6 +87,9 @@ class File:
         self.file.flush()
         self.disk.before("write")
         self.file.write(data[len(data) // 2 :])
+
+    def writelines(self, pieces: tuple):
+        self.write(b"".join(pieces))
 
     def flush(self):
         self.disk.before("flush")
@@ -688,6 +693,24 @@ def test_14_long_runs_do_not_leak(mode, trials, tmp_path):
         f"{mode}: {memory[warm][0] / 2**20:.0f} MiB, grows by {growth / 2**20:.1f} MiB, checkpoint by {(saved[-1] - saved[warm][0]) / 2**20:.1f}"
     )
     assert growth < 0.05 * memory[warm][0]
+
+
+def test_the_library_reads_what_was_written(tmp_path):
+    numbers = torch.arange(24.0).view(2, 3, 4)
+    tensors = dict(
+        flag=torch.tensor(True),
+        odd=torch.arange(3, dtype=torch.uint8),
+        turned=numbers.mT,
+        none=numbers[:0],
+        wide=numbers.double(),
+        whole=numbers.long(),
+    )
+    checksum = ppo_mbrl.write_tensors(tmp_path / "file", tensors, state="grün", env_id="")
+    assert checksum == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    with safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == dict(state="grün", env_id="") and set(file.keys()) == set(tensors)
+        for name, x in tensors.items():
+            assert torch.equal(file.get_tensor(name), x) and file.get_tensor(name).dtype == x.dtype
 
 
 def test_14_checkpoints_of_ever_new_sizes_leave_nothing_behind(tmp_path, monkeypatch):
