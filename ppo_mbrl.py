@@ -52,6 +52,7 @@ from world_model import (
     fit,
     flatten,
     measure,
+    pack,
     plan,
     pyplot,
     read_checkpoint,
@@ -60,6 +61,9 @@ from world_model import (
     setting,
     settings_command,
     trusted_horizon,
+    unpack,
+    write_json,
+    write_tensors,
 )
 
 # ------------------------------------------------------------------------------------------------------------------ settings
@@ -167,7 +171,7 @@ def read_settings_file(path: str, known: dict, of_a_fork: bool) -> dict:
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path} can't be read as JSON: {error}.")
     for name in () if of_a_fork else file.keys() - known.keys():
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1)
         raise UsageError(f"--config {path} has an unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
     return {name: value for name, value in file.items() if name in known and name not in ("run_dir", "config", "fresh")}  # where, not what
 
@@ -684,8 +688,6 @@ class Run:
     def begin(self, act, policy: nn.Module, parts: dict):
         """`act` is what is evaluated, `policy` the module behind it, `parts` all that has a state. Goes on from the newest good checkpoint."""
         self.act, self.policy, self.parts = act, policy, parts
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
         restored, path = restore(self), self.folder / "summary.json"
         if restored and not self.goes_on():
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or a damaged one: the end is done again
@@ -737,10 +739,13 @@ class Run:
         every, before = self.settings.eval_every, self.saved["real_steps"]
         evaluated = before // every != self.real_steps // every or not self.goes_on()
         self.log(log | (self.evaluation() if evaluated else {}))
-        policy = {name: x for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
-        write_tensors(self.folder / "policy.safetensors", policy, env_id=self.settings.env_id)
+        self.save_policy()
         save_checkpoint(self)
         self.saved = self.counters()
+
+    def save_policy(self):
+        policy = {name: x for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
+        write_tensors(self.folder / "policy.safetensors", policy, env_id=self.settings.env_id)
 
     def check(self, numbers: dict):
         """Ends the run, before anything is overwritten, unless all of these numbers and tensors are finite."""
@@ -827,21 +832,25 @@ def surroundings(s: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- run folder
 
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}  # of checkpoints
 OWN = "config.json env.json summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
 
 
 @contextlib.contextmanager
 def claimed(run: Run):
-    """In here the run folder is this process's alone. Refuses one where another is at work, one of something else, and one with other settings.
+    """In here the run folder is this process's alone. Refuses one where another is at work, and one of something else, before anything is touched.
 
     `run.metrics`, the open log, is also the lock: it is freed when the file is closed, in whatever way the process ends.
     """
-    folder, path, now = run.folder, run.folder / "config.json", asdict(run.settings)
-    essential = ["mode", "env_id", "seed"]
+    folder, log = run.folder, run.folder / "metrics.jsonl"
+    files = [*(folder / name for name in OWN), *checkpoint_files(folder), log]
+    foreign = [path for path in files if path.is_symlink() or path.exists() and not path.is_file()]
+    if not (checkpoints(folder) or holds_settings(folder / "config.json")):
+        foreign += [path for path in files if path.exists() and (path != log or path.stat().st_size)]
+    if foreign or (folder / "checkpoint").is_symlink():
+        raise UsageError(f"{(foreign or [folder / 'checkpoint'])[0]} is not of a run of this kit; choose another --run-dir.")
     try:
         (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-        run.metrics = open(folder / "metrics.jsonl", "ab")
+        run.metrics = open(log, "ab")
     except OSError as error:
         raise UsageError(f"Run folder {folder} can't be used: {error.strerror or error}.")
     with run.metrics:
@@ -849,88 +858,25 @@ def claimed(run: Run):
             fcntl.flock(run.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"Another process is at work in {folder}.")
-        if path.exists():
-            try:
-                old = read_json(path)
-                if not set(essential) <= old.keys():
-                    raise ValueError
-            except ValueError:
-                raise UsageError(f"{path} is not a settings file of this kit; choose another --run-dir.")
-            own = essential + [f.name for f in fields(run.settings) if f.metadata["identity"]]
-            differs = [f"{name} was {old.get(name)!r} and is now {now[name]!r}" for name in own if old.get(name) != now[name]]
-            if run.settings.fresh:
-                run.metrics.truncate(0)
-                for file in [*checkpoints(folder, "*"), *(folder / name for name in OWN)]:
-                    file.unlink(missing_ok=True)
-            elif differs:
-                raise UsageError(f"{folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh.")
+        if run.settings.fresh:
+            run.metrics.truncate(0)
+            for path in files[:-1]:
+                path.unlink(missing_ok=True)
         yield
 
 
-def write_atomically(path: Path, *pieces: bytes):
-    """The file is the old one or the new one, never half of either, whatever happens meanwhile."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: dict):
-    write_atomically(path, json.dumps(value, indent=1).encode())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], **texts: str) -> str:
-    """Writes a .safetensors file, by its format: length of the header, header, tensors. Returns its SHA-256.
-
-    The library's own writers copy everything first, or leak memory with every new size of a tensor, or leave a file behind when they are killed.
-    """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: all are aligned
-    header, end = {"__metadata__": texts}, 0
-    for name, x in tensors.items():
-        header[name] = dict(dtype=DTYPES[x.dtype], shape=list(x.shape), data_offsets=[end, end := end + x.nbytes])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    pieces = [len(text).to_bytes(8, "little"), text, *(x.cpu().contiguous().view(-1).numpy().view(np.uint8) for x in tensors.values())]
-    write_atomically(path, *pieces)
-    checksum = hashlib.sha256()
-    for piece in pieces:
-        checksum.update(piece)
-    return checksum.hexdigest()
-
-
-def pack(tree, tensors: dict, name: str = ""):
-    """Moves the tensors of a nested dict or list into `tensors`, under dotted names; what is left can be written as JSON."""
-    if isinstance(tree, Tensor):
-        tensors[name] = tree.detach().cpu()
-        return {"tensor": name}
-    if isinstance(tree, dict):
-        return {str(key): pack(value, tensors, f"{name}.{key}".lstrip(".")) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [pack(value, tensors, f"{name}.{i}") for i, value in enumerate(tree)]
-    return tree
-
-
-def unpack(tree, tensors: dict):
-    if isinstance(tree, dict) and tree.keys() == {"tensor"}:
-        return tensors[tree["tensor"]]
-    if isinstance(tree, dict):
-        return {int(key) if key.isdigit() else key: unpack(value, tensors) for key, value in tree.items()}
-    return [unpack(value, tensors) for value in tree] if isinstance(tree, list) else tree
+def holds_settings(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return {"mode", "env_id", "seed"} <= read_json(path).keys()
+    return False
 
 
 def save_checkpoint(run: Run):
-    """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. It holds a copy of the log, too."""
+    """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. It holds the settings and the log, too."""
     tree = {name: part.state_dict() for name, part in run.parts.items()} | run.counters() | run.clocks()
+    tree["settings"] = {
+        name: x for name, x in asdict(run.settings).items() if name not in ("run_dir", "config", "fresh")
+    }  # what, not where
     tree["metrics"] = torch.frombuffer(bytearray((run.folder / "metrics.jsonl").read_bytes()), dtype=torch.uint8)
     tree["random"] = torch.get_rng_state()
     if torch.device(run.settings.device).type == "cuda":
@@ -943,8 +889,11 @@ def save_checkpoint(run: Run):
 
 
 def restore(run: Run) -> bool:
-    """Goes on from the newest checkpoint whose SHA-256 is right; False if there is none at all."""
-    found = [path.with_suffix(".safetensors") for path in checkpoints(run.folder, "json")]
+    """Goes on from the newest checkpoint whose SHA-256 is right; False if there is none at all.
+
+    Log, settings and policy beside it are copies of what it holds. They are mended, for they may be those of an iteration that was not finished.
+    """
+    found = checkpoints(run.folder)
     for path in reversed(found):
         try:
             tensors, state = read_checkpoint(path)
@@ -953,24 +902,31 @@ def restore(run: Run) -> bool:
             continue
         try:
             state = unpack(json.loads(state), tensors)
+            refuse_other(run, state["settings"])
             for name, part in run.parts.items():
                 part.load_state_dict(state[name])
             run.saved = {name: state[name] for name in run.COUNTERS}
+            if not all(type(x) is int and x >= 0 or x is None and name == "steps_to_solve" for name, x in run.saved.items()):
+                raise ValueError(f"it can't have counted {run.saved}")
             vars(run).update(run.saved)
             run.wall, run.cpu = run.wall - state["wall_s"], run.cpu - state["cpu_s"]
             torch.set_rng_state(state["random"])
             if "random_cuda" in state and torch.device(run.settings.device).type == "cuda":
                 torch.cuda.set_rng_state(state["random_cuda"], run.settings.device)
             log = state["metrics"].numpy().tobytes()
+            write_json(run.folder / "config.json", asdict(run.settings) | state["settings"])
+        except (UsageError, OSError):
+            raise
         except Exception as error:  # whatever it is that doesn't fit
             reason = f"{type(error).__name__}, {error}".splitlines()[0]
             raise UsageError(f"{path} was written by another version of this kit and can't be resumed ({reason}); --fresh begins anew.")
+        run.save_policy()
         break
     else:
         if found:
             raise UsageError(f"Every checkpoint in {run.folder} is damaged; --fresh deletes them and begins anew.")
         log = b""
-    if (run.folder / "metrics.jsonl").read_bytes() != log:  # rows of an iteration that was not finished, or rows that were lost
+    if (run.folder / "metrics.jsonl").read_bytes() != log:
         run.metrics.truncate(0)
         run.metrics.write(log)
         run.metrics.flush()
@@ -978,16 +934,31 @@ def restore(run: Run) -> bool:
     return bool(found)
 
 
-def checkpoints(folder: Path, ending: str) -> list[Path]:
-    """Our own files in checkpoint/, oldest first; whatever else is there is none of our business."""
-    return sorted((folder / "checkpoint").glob("[0-9]" * 8 + "." + ending))
+def refuse_other(run: Run, old: dict):
+    """Raises UsageError unless the old settings have the same essentials as the run's."""
+    now = asdict(run.settings)
+    own = [f.name for f in fields(run.settings) if f.metadata["identity"] or f.name in ("mode", "env_id", "seed")]
+    differs = [f"{name} was {old.get(name)!r} and is now {now[name]!r}" for name in own if old.get(name) != now[name]]
+    if differs:
+        raise UsageError(f"{run.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh.")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Our own files in checkpoint/, oldest first, and what a kill left of an unfinished one; whatever else is there is none of our business."""
+    files = sorted((folder / "checkpoint").glob("[0-9]" * 8 + ".*"))
+    return [path for path in files if path.name[8:].removesuffix(".tmp") in (".safetensors", ".json")]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The .safetensors of all checkpoints, oldest first: with the .json, the second half to be written, there is one."""
+    return [path.with_suffix(".safetensors") for path in checkpoint_files(folder) if path.suffix == ".json"]
 
 
 def keep_two(folder: Path):
     """Deletes all but the last two checkpoints, and what a kill left of an unfinished one."""
-    kept = [path.stem for path in checkpoints(folder, "json")[-2:]]
-    for path in checkpoints(folder, "*"):
-        if path.name[:8] not in kept:
+    kept = [path.stem for path in checkpoints(folder) if path.exists()][-2:]
+    for path in checkpoint_files(folder):
+        if path.stem not in kept:
             path.unlink()
 
 
@@ -1008,7 +979,7 @@ class View:
         self.console, self.newest, self.live, self.now = Console(), {}, None, ""
 
     def say(self, sentence: str):
-        self.console.print(sentence, highlight=False, soft_wrap=True)
+        self.console.print(sentence, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def start(self, run: Run):
         s = run.settings
@@ -1136,6 +1107,8 @@ def train(ctx: typer.Context, given: dict):
 def carry_out(run: Run, loop) -> int:
     """Takes a training loop to its end, or to where it breaks off, and says how it went. Returns the exit status."""
     view = run.view
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.on_signal)
     with claimed(run):
         try:
             loop(run)
@@ -1146,7 +1119,7 @@ def carry_out(run: Run, loop) -> int:
             sentence, status = f"{verdict(run.summary)}; see {run.folder}", 0
         except Diverged as error:
             run.summarise("diverged")
-            sentence, status = f"Diverged: {error}. The last good checkpoint is kept in {run.folder}.", 3
+            sentence, status = f"Diverged: {error}. What was saved before is kept in {run.folder}.", 3
         except Interrupted as stop:
             vars(run).update(run.saved)  # the iteration that was not finished will be done again
             run.summarise("interrupted")

@@ -16,11 +16,13 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -87,7 +89,7 @@ def checked(f: dataclasses.Field, value):
         if value not in choices:
             raise UsageError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.")
     elif f.type is float and type(value) is int:
-        value = float(value)
+        value = float(min(max(value, -(10**300)), 10**300))  # whole numbers may be larger than any float
     elif type(value) is not f.type:
         raise UsageError(
             f"{flag} must be {dict(int='a whole number', float='a number', bool='true or false', str='text')[f.type.__name__]}, not {value!r}."
@@ -1002,7 +1004,9 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
     write(figure, "map.png")
 
 
-# -------------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------------------- files
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}  # of checkpoints
 
 
 def read_json(path: Path) -> dict:
@@ -1026,6 +1030,71 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str]:
         return load(data), header["__metadata__"]["state"]
     except (LookupError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"it is no checkpoint of this kit: {error}")
+
+
+def write_atomically(path: Path, *pieces: bytes):
+    """The file is the old one or the new one, never half of either, whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as file:  # a new one, never what a link points to
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: dict):
+    write_atomically(path, json.dumps(value, indent=1).encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], **texts: str) -> str:
+    """Writes a .safetensors file, by its format: length of the header, header, tensors. Returns its SHA-256.
+
+    The library's own writers copy everything first, or leak memory with every new size of a tensor, or leave a file behind when they are killed.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # wide types first: all are aligned
+    header, end = {"__metadata__": texts}, 0
+    for name, x in tensors.items():
+        header[name] = dict(dtype=DTYPES[x.dtype], shape=list(x.shape), data_offsets=[end, end := end + x.nbytes])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pieces = [len(text).to_bytes(8, "little"), text, *(x.cpu().contiguous().view(-1).numpy().view(np.uint8) for x in tensors.values())]
+    write_atomically(path, *pieces)
+    checksum = hashlib.sha256()
+    for piece in pieces:
+        checksum.update(piece)
+    return checksum.hexdigest()
+
+
+def pack(tree, tensors: dict, name: str = ""):
+    """Moves the tensors of a nested dict or list into `tensors`, under dotted names; what is left can be written as JSON."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu()
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {str(key): pack(value, tensors, f"{name}.{key}".lstrip(".")) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [pack(value, tensors, f"{name}.{i}") for i, value in enumerate(tree)]
+    return tree
+
+
+def unpack(tree, tensors: dict):
+    if isinstance(tree, dict) and tree.keys() == {"tensor"}:
+        return tensors[tree["tensor"]]
+    if isinstance(tree, dict):
+        return {int(key) if key.isdigit() else key: unpack(value, tensors) for key, value in tree.items()}
+    return [unpack(value, tensors) for value in tree] if isinstance(tree, list) else tree
+
+
+# -------------------------------------------------------------------------------------------------------------- command line
 
 
 def load_replay(run_dir: Path, holdout: int, newest: int) -> Replay:
@@ -1097,7 +1166,7 @@ def main(
     place = sorted(result["error_by_place"], key=lambda p: -p["error"])[:8]
     show("Worst places (of a 6 x 6 grid over obs[0] and obs[1])", ("obs[0]", "obs[1]", "fitted steps", "error"), [("{:.2f} to {:.2f}".format(*p["x"]), "{:.2f} to {:.2f}".format(*p["y"]), p["fitted_steps"], p["error"]) for p in place])  # fmt: skip
     show("Endings on held-out steps", ("steps", "expected", "real"), [tuple(result["endings"].values())])
-    console.print(f"Pictures and numbers are in {folder}", highlight=False)
+    console.print(f"Pictures and numbers are in {folder}", highlight=False, markup=False, emoji=False)
 
 
 def run_command(command):

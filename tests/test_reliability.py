@@ -65,7 +65,8 @@ class Disk:
 
     def __init__(self, monkeypatch, before):
         self.before, self.open = before, open
-        monkeypatch.setattr(ppo_mbrl, "open", lambda path, mode: File(self, path, mode), raising=False)
+        for module in (ppo_mbrl, world_model):
+            monkeypatch.setattr(module, "open", lambda path, mode: File(self, path, mode), raising=False)
         for name in ("fsync", "replace"):
             monkeypatch.setattr(os, name, self.watched(name, getattr(os, name)))
 
@@ -181,6 +182,30 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_sentence(tmp_path, mo
         assert "was written by another version of this kit" in error and error.count("\n") == 1 and contents(tmp_path) == before
 
 
+def test_a_folder_of_an_older_kit_with_fewer_settings_is_refused_with_a_sentence_and_begun_anew_when_asked(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path) == 0
+    tensors, state = world_model.read_checkpoint(newest(tmp_path))
+    forge(newest(tmp_path), save(tensors, {"state": state.replace('"gather_limit": 600, ', "")}))
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert train(tmp_path) == 2 and "gather_limit was None and is now 600" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert command(*flags(TINY | dict(run_dir=tmp_path)), "--fresh") == 0
+    assert '"gather_limit": 600, ' in world_model.read_checkpoint(newest(tmp_path))[1]
+
+
+@pytest.mark.parametrize("count", ["5", -1, None, math.nan, True, 1.5])
+def test_a_checkpoint_that_counts_what_can_not_be_is_refused(count, tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path) == 0
+    tensors, state = world_model.read_checkpoint(newest(tmp_path))
+    forge(newest(tmp_path), save(tensors, {"state": json.dumps(json.loads(state) | dict(real_steps=count))}))
+    capsys.readouterr()
+    assert train(tmp_path, total_steps=150) == 2
+    assert "it can't have counted" in capsys.readouterr().err
+
+
 def forge(path: Path, data: bytes):
     """A checkpoint with the right SHA-256."""
     path.write_bytes(data)
@@ -280,6 +305,17 @@ def test_7_a_signal_is_heeded_within_ten_seconds_at_the_size_of_the_defaults(tmp
             process.terminate()
             process.join(10)
         assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_7_a_signal_before_the_first_step_is_heeded(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    init = ppo_mbrl.Environments.__init__
+    monkeypatch.setattr(ppo_mbrl.Environments, "__init__", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or init(*args))
+    assert train(tmp_path / "torn") == 143
+    assert "Interrupted; saved up to real step 0." in capsys.readouterr().out and summary_of(tmp_path / "torn")["status"] == "interrupted"
+    monkeypatch.setattr(ppo_mbrl.Environments, "__init__", init)
+    assert train(tmp_path / "torn") == train(tmp_path / "whole") == 0
+    assert everything(tmp_path / "torn") == everything(tmp_path / "whole")
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, monkeypatch):
@@ -390,6 +426,21 @@ def test_5_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(trials, tm
         assert everything(tmp_path) == whole
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "policy.safetensors"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "gone", "flipped"])
+def test_5_what_is_damaged_beside_the_checkpoint_is_mended_from_it(name, harm, tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    assert train(tmp_path) == 0
+    before, path = contents(tmp_path), tmp_path / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    harmed = dict(cut=data[: len(data) // 2], empty=b"", flipped=data).get(harm)
+    path.unlink() if harmed is None else path.write_bytes(harmed)
+    assert contents(tmp_path) != before
+    assert train(tmp_path) == 0 and contents(tmp_path) == before
+    assert train(tmp_path, fresh=True) == 0  # nor is the folder taken for a stranger's
+
+
 @pytest.mark.parametrize("stride", [97, pytest.param(1, marks=pytest.mark.slow)])
 def test_6_a_half_written_row_does_no_harm(stride, tmp_path, monkeypatch):
     """Cut at every byte of the last row, or at every 97th: a row that the newest checkpoint knows, or one that it does not."""
@@ -471,6 +522,7 @@ HOSTILE = {
     "wm_target": ["../../x", ["delta"]],
     "seed": ["../x", 1e3, None, -1, 10**30],
     "hidden": [1e9, 10**9, "8", True],
+    "gamma": [10**400, -(10**400), math.nan],
 }
 
 
@@ -498,6 +550,48 @@ def test_where_a_run_is_written_is_never_taken_from_a_settings_file(tmp_path, mo
     Path("config.json").write_text(json.dumps(hostile))
     assert command("--config", "config.json") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["kit"] and sorted(os.listdir()) == ["config.json", "runs"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "policy.safetensors", "map.png", "checkpoint/00000007.safetensors"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_files_of_something_else_that_have_our_names_are_left_alone(name, fresh, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    assert train(tmp_path, fresh=fresh) == 2
+    assert capsys.readouterr().err == f"Error: {tmp_path / name} is not of a run of this kit; choose another --run-dir.\n"
+    assert contents(tmp_path) == {Path(name): b"mine"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "policy.safetensors", "checkpoint/00000002.json", "checkpoint"])
+def test_links_and_pipes_in_a_run_folder_are_refused(name, tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path / "run") == 0
+    path, outside = tmp_path / "run" / name, tmp_path / "outside"
+    path.rename(outside)
+    before = contents(tmp_path)
+    for put in (lambda: path.symlink_to(outside), lambda: os.mkfifo(path)):
+        put()
+        capsys.readouterr()
+        assert train(tmp_path / "run", total_steps=150) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("Error: ") and str(path) in error or "Run folder" in error
+        path.unlink()
+    assert contents(tmp_path) == before
+
+
+def test_no_link_is_followed_when_a_file_is_written(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    assert train(tmp_path / "run") == 0
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "run" / "policy.safetensors.tmp").symlink_to(tmp_path / "outside")
+    assert train(tmp_path / "run", total_steps=150) == 0
+    assert (tmp_path / "outside").read_text() == "mine" and not (tmp_path / "run" / "policy.safetensors.tmp").exists()
+
+
+def test_a_folder_with_brackets_in_its_name_is_called_by_it(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path / "a[b]:smile:[" / "b]") == 0
+    assert f"see {tmp_path}/a[b]:smile:[/b]\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"seed": ' + "9" * 5000 + "}", "\0", '"x"', "null", ""])
@@ -705,7 +799,7 @@ def test_the_library_reads_what_was_written(tmp_path):
         wide=numbers.double(),
         whole=numbers.long(),
     )
-    checksum = ppo_mbrl.write_tensors(tmp_path / "file", tensors, state="grün", env_id="")
+    checksum = world_model.write_tensors(tmp_path / "file", tensors, state="grün", env_id="")
     assert checksum == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == dict(state="grün", env_id="") and set(file.keys()) == set(tensors)

@@ -678,18 +678,6 @@ def test_a_folder_with_other_settings_is_refused_and_left_alone(tmp_path, monkey
     assert error.count(" was ") == 3 and contents(tmp_path) == before
 
 
-def test_a_folder_of_an_older_kit_with_fewer_settings_is_refused_with_a_sentence_and_begun_anew_when_asked(tmp_path, monkeypatch, capsys):
-    in_brief(monkeypatch)
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        assert train(folder) == 0
-        config = json.loads((folder / "config.json").read_text())
-        del config["gather_limit"]
-        (folder / "config.json").write_text(json.dumps(config))
-    capsys.readouterr()
-    assert train(tmp_path / "a") == 2 and "gather_limit was None and is now 600" in capsys.readouterr().err
-    assert command(*flags(TINY | dict(run_dir=tmp_path / "b")), "--fresh") == 0
-
-
 def test_the_agent_keeps_the_normaliser_of_the_first_fit(tmp_path, monkeypatch):
     in_brief(monkeypatch)
     for steps in (90, 150):  # the second run goes on from the first
@@ -713,7 +701,7 @@ def test_folders_that_are_no_folders_are_refused(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"name": "something else"}')
     assert train(tmp_path / "other") == 2
-    assert "not a settings file of this kit" in capsys.readouterr().err
+    assert "config.json is not of a run of this kit" in capsys.readouterr().err
     assert (tmp_path / "other" / "config.json").read_text() == '{"name": "something else"}'
 
 
@@ -735,8 +723,10 @@ def test_fresh_deletes_nothing_that_is_not_a_runs_own(tmp_path, monkeypatch, cap
     assert train(tmp_path / "run") == 0
     (tmp_path / "run" / "notes.txt").write_text("mine")
     (tmp_path / "run" / "checkpoint" / "best.pt").write_text("mine too")
+    (tmp_path / "run" / "checkpoint" / "20260101.txt").write_text("mine as well")
     assert train(tmp_path / "run", fresh=True, seed=9) == 0
-    assert (tmp_path / "run" / "notes.txt").exists() and (tmp_path / "run" / "checkpoint" / "best.pt").exists()
+    for name in ("notes.txt", "checkpoint/best.pt", "checkpoint/20260101.txt"):
+        assert (tmp_path / "run" / name).read_text().startswith("mine")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"name": "something else"}')
     assert train(tmp_path / "other", fresh=True) == 2 and (tmp_path / "other" / "config.json").exists()
