@@ -906,7 +906,8 @@ def restore(run: Run) -> bool:
             for name, part in run.parts.items():
                 part.load_state_dict(state[name])
             run.saved = {name: state[name] for name in run.COUNTERS}
-            if not all(type(x) is int and x >= 0 or x is None and name == "steps_to_solve" for name, x in run.saved.items()):
+            kinds = {name: (type(x), int) if x is None else (type(x),) for name, x in run.counters().items()}
+            if any(type(x) not in kinds[name] or (x or 0) < 0 for name, x in run.saved.items()):
                 raise ValueError(f"it can't have counted {run.saved}")
             vars(run).update(run.saved)
             run.wall, run.cpu = run.wall - state["wall_s"], run.cpu - state["cpu_s"]
