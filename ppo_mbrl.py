@@ -164,6 +164,9 @@ class Settings(ModelSettings):
         return Path("runs", self.env_id.replace("/", "_"), name, f"seed_{self.seed}")
 
 
+OF_THE_COMMAND = "run_dir", "config", "fresh"  # where to run, not what: never taken from a file
+
+
 def read_settings_file(path: str, known: dict, of_a_fork: bool) -> dict:
     """The settings in a JSON file, such as the config.json of another run. Raises UsageError for names that are not known."""
     try:
@@ -173,7 +176,7 @@ def read_settings_file(path: str, known: dict, of_a_fork: bool) -> dict:
     for name in () if of_a_fork else file.keys() - known.keys():
         near = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1)
         raise UsageError(f"--config {path} has an unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
-    return {name: value for name, value in file.items() if name in known and name not in ("run_dir", "config", "fresh")}  # where, not what
+    return {name: value for name, value in file.items() if name in known and name not in OF_THE_COMMAND}
 
 
 # --------------------------------------------------------------------------------------------------------- real environments
@@ -874,9 +877,7 @@ def holds_settings(path: Path) -> bool:
 def save_checkpoint(run: Run):
     """checkpoint/ITERATION.safetensors, then its .json with the SHA-256: only with both does it count. It holds the settings and the log, too."""
     tree = {name: part.state_dict() for name, part in run.parts.items()} | run.counters() | run.clocks()
-    tree["settings"] = {
-        name: x for name, x in asdict(run.settings).items() if name not in ("run_dir", "config", "fresh")
-    }  # what, not where
+    tree["settings"] = {name: x for name, x in asdict(run.settings).items() if name not in OF_THE_COMMAND}
     tree["metrics"] = torch.frombuffer(bytearray((run.folder / "metrics.jsonl").read_bytes()), dtype=torch.uint8)
     tree["random"] = torch.get_rng_state()
     if torch.device(run.settings.device).type == "cuda":
@@ -926,6 +927,8 @@ def restore(run: Run) -> bool:
     else:
         if found:
             raise UsageError(f"Every checkpoint in {run.folder} is damaged; --fresh deletes them and begins anew.")
+        if holds_settings(run.folder / "config.json"):
+            refuse_other(run, read_json(run.folder / "config.json"))
         log = b""
     if (run.folder / "metrics.jsonl").read_bytes() != log:
         run.metrics.truncate(0)

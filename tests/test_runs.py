@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -676,6 +677,10 @@ def test_a_folder_with_other_settings_is_refused_and_left_alone(tmp_path, monkey
     for part in ("gamma was 0.99 and is now 0.5", "wm_target was 'delta' and is now 'ode'", "seed was 0 and is now 1"):
         assert part in error
     assert error.count(" was ") == 3 and contents(tmp_path) == before
+    shutil.rmtree(tmp_path / "checkpoint")
+    before = contents(tmp_path)
+    assert train(tmp_path, gamma=0.5) == 2 and "gamma was 0.99 and is now 0.5" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_the_agent_keeps_the_normaliser_of_the_first_fit(tmp_path, monkeypatch):
