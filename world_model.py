@@ -183,7 +183,9 @@ class Replay:
     @property
     def recent(self) -> Tensor:
         """(T, N): the steps that are not too old."""
-        return (torch.arange(len(self.age), device=self.age.device) >= self.oldest)[:, None].expand_as(self.age)
+        recent = torch.ones_like(self.held_out)
+        recent[: self.oldest] = False
+        return recent
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
