@@ -48,6 +48,8 @@ from world_model import (
     Rollout,
     UsageError,
     WorldModel,
+    checkpoint_files,
+    checkpoints,
     draw_diagnosis,
     fit,
     flatten,
@@ -836,6 +838,7 @@ def surroundings(s: Settings) -> dict:
 
 
 OWN = "config.json env.json summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
+ESSENTIAL = "mode", "env_id", "seed"
 
 
 @contextlib.contextmanager
@@ -845,7 +848,7 @@ def claimed(run: Run):
     `run.metrics`, the open log, is also the lock: it is freed when the file is closed, in whatever way the process ends.
     """
     folder, log = run.folder, run.folder / "metrics.jsonl"
-    files = [*(folder / name for name in OWN), *checkpoint_files(folder), log]
+    files = [*own_files(folder), log]
     foreign = [path for path in files if path.is_symlink() or path.exists() and not path.is_file()]
     if not (checkpoints(folder) or holds_settings(folder / "config.json")):
         foreign += [path for path in files if path.exists() and (path != log or path.stat().st_size)]
@@ -863,14 +866,19 @@ def claimed(run: Run):
             raise UsageError(f"Another process is at work in {folder}.")
         if run.settings.fresh:
             run.metrics.truncate(0)
-            for path in files[:-1]:
+            for path in own_files(folder):  # asked anew: another process may have written until now
                 path.unlink(missing_ok=True)
         yield
 
 
+def own_files(folder: Path) -> list[Path]:
+    """Where a run has written or may write, the log apart."""
+    return [*(folder / name for name in OWN), *checkpoint_files(folder)]
+
+
 def holds_settings(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return {"mode", "env_id", "seed"} <= read_json(path).keys()
+        return set(ESSENTIAL) <= read_json(path).keys()
     return False
 
 
@@ -941,21 +949,10 @@ def restore(run: Run) -> bool:
 def refuse_other(run: Run, old: dict):
     """Raises UsageError unless the old settings have the same essentials as the run's."""
     now = asdict(run.settings)
-    own = [f.name for f in fields(run.settings) if f.metadata["identity"] or f.name in ("mode", "env_id", "seed")]
+    own = [f.name for f in fields(run.settings) if f.metadata["identity"] or f.name in ESSENTIAL]
     differs = [f"{name} was {old.get(name)!r} and is now {now[name]!r}" for name in own if old.get(name) != now[name]]
     if differs:
         raise UsageError(f"{run.folder} holds a run with other settings: {'; '.join(differs)}. Choose another --run-dir, or --fresh.")
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Our own files in checkpoint/, oldest first, and what a kill left of an unfinished one; whatever else is there is none of our business."""
-    files = sorted((folder / "checkpoint").glob("[0-9]" * 8 + ".*"))
-    return [path for path in files if path.name[8:].removesuffix(".tmp") in (".safetensors", ".json")]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The .safetensors of all checkpoints, oldest first: with the .json, the second half to be written, there is one."""
-    return [path.with_suffix(".safetensors") for path in checkpoint_files(folder) if path.suffix == ".json"]
 
 
 def keep_two(folder: Path):

@@ -1034,6 +1034,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str]:
         raise ValueError(f"it is no checkpoint of this kit: {error}")
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Our own files in checkpoint/, oldest first, and what a kill left of an unfinished one; whatever else is there is none of our business."""
+    files = sorted((folder / "checkpoint").glob("[0-9]" * 8 + ".*"))
+    return [path for path in files if path.name[8:].removesuffix(".tmp") in (".safetensors", ".json")]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The .safetensors of all checkpoints, oldest first: with the .json, the second half to be written, there is one."""
+    return [path.with_suffix(".safetensors") for path in checkpoint_files(folder) if path.suffix == ".json"]
+
+
 def write_atomically(path: Path, *pieces: bytes):
     """The file is the old one or the new one, never half of either, whatever happens meanwhile."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1101,11 +1112,11 @@ def unpack(tree, tensors: dict):
 
 def load_replay(run_dir: Path, holdout: int, newest: int) -> Replay:
     """The real steps in a run's newest checkpoint."""
-    found = sorted((run_dir / "checkpoint").glob("[0-9]" * 8 + ".json"))
+    found = checkpoints(run_dir)
     if not found:
         raise UsageError(f"{run_dir} holds no checkpoint; is it the folder of a run in a learned model?")
     try:
-        tensors, _ = read_checkpoint(found[-1].with_suffix(".safetensors"))
+        tensors, _ = read_checkpoint(found[-1])
         steps = Rollout(*(tensors[f"replay.{name}"] for name in Rollout._fields))
         replay = Replay(steps.obs.shape[1], steps.obs.shape[2], holdout, newest)
         replay.add(steps)

@@ -574,7 +574,7 @@ def test_links_and_pipes_in_a_run_folder_are_refused(name, tmp_path, monkeypatch
         capsys.readouterr()
         assert train(tmp_path / "run", total_steps=150) == 2
         error = capsys.readouterr().err
-        assert error.startswith("Error: ") and str(path) in error or "Run folder" in error
+        assert error.startswith("Error: ") and (str(path) in error or "Run folder" in error)
         path.unlink()
     assert contents(tmp_path) == before
 
