@@ -117,6 +117,9 @@ class Settings(ModelSettings):
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest 1,000 real steps whose episode ended, or of good ones among ten endings; else in full.", panel="Dreams")
     renew_growth: float = setting(0.5, "As long as no real episode has ended well in 2,000 steps, and most come to no end, or pay no more than before, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on, whenever the data has grown by --renew-growth and not all of the latest ten endings were good, model and agent begin anew, and learn for longer; 0: never.", 0, 10**9, "Dreams")
+    reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 0, 10_000_000, "Dreams")
+    reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
@@ -439,24 +442,26 @@ def train_simple(run: "Run"):
         rollout = gather(run, env, functools.partial(explore, agent, env, s), replay)
         scale.update(rollout)
         run.phase("fitting")  # line 5: update the model on all of them
-        log = learn(run, model, wm_optimizer, replay)
+        log = learn(run, model, wm_optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         schedule = Schedule.of(replay, s)
-        stuck = schedule.stuck and run.grown(s.renew_growth)
-        if stuck:
-            renew(agent, optimizer)
-        rounds = s.rounds * (3 if stuck or run.iteration == 0 else 1)  # an agent that begins learns for longer
+        stuck = schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))
+        reset = not schedule.safe and run.grown(s.renew_growth, s.reset_from)
+        if reset:
+            renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
+            log = learn(run, model, wm_optimizer, replay, s.reset_updates)
+        if stuck or reset:
+            renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
+        rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
         run.end_iteration(log)
 
 
-def learn(run: "Run", model: WorldModel, optimizer, replay: Replay) -> dict:
-    """Fits the model to the replay, for longer the first time, and measures it on the held-out episodes."""
-    s = run.settings
-    updates = s.wm_updates if run.iteration else s.wm_first_updates
-    return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
+def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, updates: int) -> dict:
+    """Fits the model to the replay and measures it on the held-out episodes."""
+    return fit(model, optimizer, replay, updates, run.settings.wm_batch, run.tick) | measure(model, replay)
 
 
 class Schedule(NamedTuple):
@@ -471,6 +476,7 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
+    safe: bool  # all of the latest endings were good
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
@@ -490,13 +496,14 @@ class Schedule(NamedTuple):
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
+            safe=safe,
             stuck=good == 0 and not safe and (shuns or now <= before),
         )
 
 
-def renew(agent: Agent, optimizer: torch.optim.Optimizer):
-    """The agent begins anew, without the habits it took on in poorer models (the primacy bias: Nikishin et al., 2022), and keeps its normaliser."""
-    fresh = Agent(agent.actor[0].in_features, agent.actor[-1].out_features, agent.actor[0].out_features)
+def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):
+    """What `optimizer` trains begins anew, with the weights of `fresh`. It loses the habits taken on when data and models were poorer (the primacy
+    bias: Nikishin et al., 2022; for models: Ash and Adams, 2020), and keeps its normalisers."""
     (weights,) = optimizer.param_groups[0]["params"]
     weights.data.copy_(nn.utils.parameters_to_vector(fresh.parameters()))
     optimizer.state.clear()
@@ -580,7 +587,7 @@ def train_mpc(run: "Run"):
         run.phase("gathering")
         gather(run, env, planner, replay)
         run.phase("fitting")
-        log = learn(run, model, optimizer, replay)
+        log = learn(run, model, optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates)
         run.end_iteration(log)
 
 
@@ -714,10 +721,10 @@ class Run:
         """So many steps of each environment, or as many as the run still has."""
         return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
 
-    def grown(self, share: float) -> bool:
-        """Whether the data of the warm-up has in this iteration, once more, grown by this share; never by 0."""
-        times = lambda steps: int(math.log(max(1.0, steps / self.settings.warmup_steps), 1 + share))  # noqa: E731
-        return share > 0 and times(self.real_steps) > times(self.saved["real_steps"])
+    def grown(self, share: float, since: float) -> bool:
+        """Whether in this iteration the data has come to `since` real steps, or grown from there, once more, by this share; never if either is 0."""
+        times = lambda steps: int(math.log(steps / since, 1 + share)) if steps >= since else -1  # noqa: E731
+        return share > 0 and since > 0 and times(self.real_steps) > times(self.saved["real_steps"])
 
     def temperature(self) -> float:
         s = self.settings

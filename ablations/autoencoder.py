@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from run import More, Often, Study, run_study, stats
+from run import SHORT, More, Often, Study, run_study, stats
 from safetensors.torch import load_file
 
 from world_model import ModelSettings, WorldModel, judge, load_replay, spread
@@ -47,7 +47,7 @@ STUDY = Study(
         "autoencoder, weight 2": dict(uncertainty="autoencoder", wm_autoencoder=2.0),
         "both": dict(uncertainty="both"),
     },
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[Often("both", "autoencoder_finds"), Often("both", "autoencoder_finds_more"), More("autoencoder", "none", "mean_return")],
     metric="mean_return",
     measure=torch.no_grad()(areas),

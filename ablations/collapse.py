@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from local_optimum import ARMS
-from run import More, Often, Study, run_study
+from run import SHORT, More, Often, Study, run_study
 
 
 def model_collapse(run_dir: Path) -> dict:
@@ -40,7 +40,7 @@ STUDY = Study(
     question="Which ingredients make the return collapse after a first improvement, and does the model's accuracy collapse at the same time?",
     claim="With all ingredients the return falls further than with the defaults, in most runs by 150 or more, and in most runs the model's error doubles meanwhile.",
     arms=ARMS,
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[More("all", "default", "fall"), Often("all", "fell"), Often("all", "model_collapsed")],
     metric="fall",
     measure=model_collapse,

@@ -5,14 +5,14 @@ The article's model predicts the reward from (obs, action). In many tasks it dep
     python ablations/heads.py --seeds 0-9 --jobs 2
 """
 
-from run import More, Study, run_study
+from run import SHORT, More, Study, run_study
 
 STUDY = Study(
     name="heads",
     question="Does it matter to the policy whether reward and ending are predicted from (obs, action) or from (obs, action, next_obs)?",
     claim="With next_obs, the default, the final score is higher.",
     arms={"sas": {}, "sa": dict(wm_heads="sa")},
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[More("sas", "sa")],
 )
 

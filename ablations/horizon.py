@@ -5,14 +5,14 @@ With --horizon 0 the open-loop error on held-out episodes decides, anew in each 
     python ablations/horizon.py --seeds 0-9 --jobs 2
 """
 
-from run import More, Study, run_study
+from run import SHORT, More, Study, run_study
 
 STUDY = Study(
     name="horizon",
     question="Is a horizon driven by the model's error better than a fixed one?",
     claim="The driven horizon returns more on the way than dreams of 60 and than dreams of 600 steps.",
     arms={"600": {}, "60": dict(horizon=60), "driven": dict(horizon=0)},
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[More("driven", "60", "mean_return"), More("driven", "600", "mean_return")],
     metric="mean_return",
 )

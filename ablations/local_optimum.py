@@ -6,7 +6,7 @@ has them all. Without "long horizon", dreams of "all" are cut after 20 steps. Th
     python ablations/local_optimum.py --seeds 0-9 --jobs 2
 """
 
-from run import More, Study, run_study
+from run import SHORT, More, Study, run_study
 
 INGREDIENTS = {
     "no uncertainty": dict(uncertainty="none"),
@@ -29,7 +29,7 @@ STUDY = Study(
     question="Which ingredients keep an agent that learns in dreams from landing, and which of them are enough by themselves?",
     claim="With all ingredients an agent returns less on the way than the default; so does the default with far sight at once, long dreams trusted, or whole episodes.",
     arms=ARMS,
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[More("default", arm, "mean_return") for arm in ("all", "+ far sight at once", "+ long dreams trusted", "+ whole episodes")],
     metric="mean_return",
 )

@@ -3,7 +3,7 @@
 python ablations/memory.py --seeds 0-9 --jobs 2
 """
 
-from run import More, Study, run_study
+from run import SHORT, More, Study, run_study
 
 WIND = dict(env_id="ablations.wind:LunarLanderWind-v3")
 GRU = dict(wm_memory="gru")
@@ -13,7 +13,7 @@ STUDY = Study(
     question="Does the model need a memory?",
     claim="A model with a memory returns more on the way where there is wind, and with wind its agent returns less than without when it has none.",
     arms={"no wind": {}, "no wind, GRU": GRU, "wind": WIND, "wind, GRU": WIND | GRU},
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[More("wind, GRU", "wind", "mean_return"), More("no wind", "wind", "mean_return")],
     metric="mean_return",
     minutes={"no wind": 1.9, "no wind, GRU": 3.8, "wind": 1.9, "wind, GRU": 3.8},

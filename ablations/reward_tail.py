@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from run import More, Often, Study, run_study
+from run import SHORT, More, Often, Study, run_study
 from safetensors.torch import load_file
 
 from world_model import ModelSettings, WorldModel, expected_rewards, load_replay, quantiles
@@ -39,7 +39,7 @@ STUDY = Study(
     question="Are rarely seen rewards modelled worse than the others, relative to their size?",
     claim="With the article's model they are, in most runs; with the kit's default model the rare ones are modelled better than with the article's.",
     arms={"default": {}, "article's model": dict(wm_heads="sa", wm_target="direct", wm_likelihood="absolute", wm_ensemble=1, wm_layers=2)},
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[Often("article's model", "rare_is_worse"), More("article's model", "default", "error_of_rare")],
     metric="error_of_rare",
     costs=("error_of_rare",),

@@ -107,6 +107,9 @@ class Job(NamedTuple):
         return self.folder.parent.as_posix()
 
 
+# What most studies share: runs so short, and without resets, that what an ingredient does to one agent in one model is seen.
+SHORT = dict(mode="simple", total_steps=6_000, reset_from=0)
+
 # A smoke run is over within a minute on one core.
 SMOKE = dict(
     ppo=dict(total_steps=20_000, eval_every=20_000),

@@ -7,7 +7,7 @@ of two either way around the defaults of the settings that both methods have, an
 """
 
 import numpy as np
-from run import More, Study, run_study
+from run import SHORT, More, Study, run_study
 
 PPO = dict(lr=3e-4, minibatch=64, epochs=4, entropy_coef=0.01, clip=0.2)
 DREAMS = dict(lr=1e-3, minibatch=2048, epochs=4, entropy_coef=0.003, clip=0.2)
@@ -24,7 +24,7 @@ def drawn(defaults: dict):
     return draw
 
 
-SIMPLE, MODEL_FREE = dict(mode="simple", total_steps=6_000), dict(mode="ppo", total_steps=500_000)
+SIMPLE, MODEL_FREE = SHORT, dict(mode="ppo", total_steps=500_000)
 
 STUDY = Study(
     name="sensitivity",

@@ -5,7 +5,7 @@
     python ablations/temperature.py --seeds 0-9 --jobs 2
 """
 
-from run import More, Study, run_study
+from run import SHORT, More, Study, run_study
 
 WARM = dict(temperature=2.0)  # where the policy dreams; the ratio of PPO knows of it
 DRAWN = dict(gather_greedy=0.0)
@@ -21,7 +21,7 @@ STUDY = Study(
         "drawn gathering": DRAWN,
         "warm gathering": DRAWN | dict(gather_temperature=2.0),
     },
-    shared=dict(mode="simple", total_steps=6_000),
+    shared=SHORT,
     tests=[More("2", "1", "mean_return"), More("warm gathering", "1", "mean_return")],
     metric="mean_return",
 )

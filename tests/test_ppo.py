@@ -490,7 +490,7 @@ def test_an_agent_that_begins_anew_keeps_nothing_but_its_normaliser():
     agent.value(torch.randn(5, 2)).sum().backward()
     optimizer.step()
     before = {name: x.clone() for name, x in agent.state_dict().items()}
-    renew(agent, optimizer)
+    renew(optimizer, Agent(2, 3, 8))
     after = agent.state_dict()
     assert not optimizer.state
     assert all(torch.equal(before[name], after[name]) == name.startswith("normaliser") for name in before if not name.endswith("bias"))

@@ -227,7 +227,7 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
 def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, good, charged, gamma, gae_lambda):
     s = Settings(caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
     found = Schedule.of(fates(ended, ago, well, (0, 1)), s)
-    assert found[:-1] == pytest.approx((good, charged, gamma, gae_lambda, 3 * good), abs=1e-5)
+    assert found[:5] == pytest.approx((good, charged, gamma, gae_lambda, 3 * good), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,9 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
     ],
 )
 def test_an_agent_is_stuck_if_no_ending_is_good_and_nothing_gets_better(ended, ago, well, rates, stuck):
-    assert Schedule.of(fates(ended, ago, well, rates), Settings()).stuck == stuck
+    schedule = Schedule.of(fates(ended, ago, well, rates), Settings())
+    assert schedule.stuck == stuck
+    assert schedule.safe == (len(well) > 0 and False not in well[-10:])
 
 
 def fates(ended: float, ago: list, well: list, rates: tuple):
@@ -273,7 +275,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
         monkeypatch.setattr(ppo_mbrl, name, stand_in)
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
-    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, stuck=False)
+    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, safe=False, stuck=False)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, None, lambda rewards: rewards, schedule, 2)
     assert len(given) == 2 and run.imagined_steps == 6
     assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
@@ -286,8 +288,8 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
 def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, renewals, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     seen = []
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, stuck))
-    monkeypatch.setattr(ppo_mbrl, "renew", lambda agent, optimizer: seen.append(agent))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, False, stuck))
+    monkeypatch.setattr(ppo_mbrl, "renew", lambda optimizer, fresh: seen.append(fresh))
     assert train(tmp_path, total_steps=180, renew_growth=0.4) == 0
     rows = rows_of(tmp_path)
     assert [row["real_steps"] for row in rows] == [0, 60, 90, 120, 150, 180]
@@ -295,6 +297,24 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
     assert len(seen) == renewals
     imagined = [b["imagined_steps"] - a["imagined_steps"] for a, b in zip(rows, rows[1:])]
     assert imagined == [40 * (3 if i == 0 or (here and renewals) else 1) for i, here in enumerate(crossed)]
+
+
+@pytest.mark.parametrize(
+    "safe, reset_from, times", [(False, 100, [120, 150]), (False, 90, [90, 150, 180]), (True, 100, []), (False, 0, [])]
+)
+def test_model_and_agent_begin_anew_as_the_data_grows_until_all_endings_are_good(safe, reset_from, times, tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    fit, renewed, updates = ppo_mbrl.fit, [], []
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, safe, False))
+    monkeypatch.setattr(ppo_mbrl, "renew", lambda optimizer, fresh: renewed.append((type(optimizer), type(fresh))))
+    monkeypatch.setattr(ppo_mbrl, "fit", lambda *given: updates.append((len(given[2]), given[3])) or fit(*given))
+    # with --renew-growth 0.4 the data has grown at 140 and 196, or at 126 and 176.4
+    assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4) == 0
+    assert renewed == [(torch.optim.AdamW, ppo_mbrl.WorldModel), (torch.optim.Adam, ppo_mbrl.Agent)] * len(times)
+    assert [steps for steps, number in updates if number == 7] == times
+    rows = rows_of(tmp_path)
+    imagined = {b["real_steps"]: b["imagined_steps"] - a["imagined_steps"] for a, b in zip(rows, rows[1:])}
+    assert imagined == {steps: 40 * (4 if steps in times else 3 if steps == 60 else 1) for steps in imagined}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +356,9 @@ def interrupted_after(monkeypatch, ticks: int):
 RUNS = {
     "simple": dict(total_steps=180, gather_limit=25),
     "stuck": dict(env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_growth=0.5),  # nothing ends: the agent begins anew
+    "reset": dict(
+        env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_growth=0.5, reset_from=100, reset_updates=5, reset_rounds=2
+    ),
     "gru and both": dict(
         total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, gather_limit=25, realign=3
     ),
@@ -351,8 +374,9 @@ def test_the_same_command_twice_learns_the_same_and_another_seed_does_not(kind, 
         assert train(tmp_path / name, seed=seed, **RUNS[kind]) == 0
     one, two, three = (fingerprint(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two and one[0] != three[0]
-    if kind == "stuck":
+    if kind in ("stuck", "reset"):
         imagined = [row["imagined_steps"] for row in rows_of(tmp_path / "one")]
+        assert (2 * 40 in np.diff(imagined)) == (kind == "reset")
         assert np.diff(imagined).tolist().count(3 * 40) > 1 and 40 in np.diff(imagined)  # three times the rounds where the agent began anew
 
 
