@@ -704,7 +704,8 @@ class Run:
         if restored and not self.goes_on():
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or a damaged one: the end is done again
                 summary = read_json(path)
-                self.summary = summary if verdict(summary) and summary["status"] == "finished" else None
+                if summary["status"] == "finished" and verdict(summary) and summary | self.counters() == summary:
+                    self.summary = summary
         if self.summary is None:
             path.unlink(missing_ok=True)
             write_json(self.folder / "config.json", asdict(self.settings))
@@ -815,7 +816,7 @@ class Run:
         s, evaluations = self.settings, [row["eval/return_mean"] for row in self.rows() if "eval/return_mean" in row]
         summary = dict(status=status, mode=s.mode, env_id=s.env_id, seed=s.seed) | self.counters() | self.clocks()
         summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False)
-        summary |= dict(final_return_mean=None, final_return_std=None, final_episodes=0)
+        summary |= dict.fromkeys(("final_return_mean", "final_return_std")) | dict(final_episodes=0)
         if final is not None:
             random = play(random_actions(s), s.env_id, 100, 20_000, self.tick).returns.mean()
             mean, std = float(final.returns.mean()), float(final.returns.std())
@@ -857,8 +858,8 @@ def claimed(run: Run):
     folder, log = run.folder, run.folder / "metrics.jsonl"
     files = [*own_files(folder), log]
     foreign = [path for path in files if path.is_symlink() or path.exists() and not path.is_file()]
-    if not (checkpoints(folder) or holds_settings(folder / "config.json")):
-        foreign += [path for path in files if path.exists() and (path != log or path.stat().st_size)]
+    if not (foreign or any(path.exists() for path in checkpoints(folder)) or holds_settings(folder / "config.json")):
+        foreign = [path for path in files if path.exists() and (path != log or path.stat().st_size)]
     if foreign or (folder / "checkpoint").is_symlink():
         raise UsageError(f"{(foreign or [folder / 'checkpoint'])[0]} is not of a run of this kit; choose another --run-dir.")
     try:
@@ -873,7 +874,7 @@ def claimed(run: Run):
             raise UsageError(f"Another process is at work in {folder}.")
         if run.settings.fresh:
             run.metrics.truncate(0)
-            for path in own_files(folder):  # asked anew: another process may have written until now
+            for path in sorted(own_files(folder), key=lambda path: path.name == "config.json"):  # last what tells that the folder is ours
                 path.unlink(missing_ok=True)
         yield
 
@@ -922,8 +923,7 @@ def restore(run: Run) -> bool:
             for name, part in run.parts.items():
                 part.load_state_dict(state[name])
             run.saved = {name: state[name] for name in run.COUNTERS}
-            kinds = {name: (type(x), int) if x is None else (type(x),) for name, x in run.counters().items()}
-            if any(type(x) not in kinds[name] or (x or 0) < 0 for name, x in run.saved.items()):
+            if any(type(x) not in (type(getattr(run, name)), int) or (x or 0) < 0 for name, x in run.saved.items()):
                 raise ValueError(f"it can't have counted {run.saved}")
             vars(run).update(run.saved)
             run.wall, run.cpu = run.wall - state["wall_s"], run.cpu - state["cpu_s"]
@@ -1065,10 +1065,9 @@ def draw_training(rows: list[dict], threshold: float, path: Path):
         axis.locator_params(axis="x", nbins=5)
         if axis.lines:
             axis.legend(fontsize=8)
-    steps, mean, std = zip(
-        *[(row["real_steps"], row["eval/return_mean"], row["eval/return_std"]) for row in rows if "eval/return_mean" in row]
-    )
-    axes[0, 0].fill_between(steps, np.subtract(mean, std), np.add(mean, std), alpha=0.2)
+    columns = "real_steps", "eval/return_mean", "eval/return_std"
+    steps, mean, std = np.array([[row[name] for name in columns] for row in rows if "eval/return_mean" in row]).T
+    axes[0, 0].fill_between(steps, mean - std, mean + std, alpha=0.2)
     axes[0, 0].axhline(threshold, color="gray", linestyle=":")
     axes[0, 0].annotate("solved", (0, threshold), va="bottom", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -1115,8 +1114,8 @@ def train(ctx: typer.Context, given: dict):
 def carry_out(run: Run, loop) -> int:
     """Takes a training loop to its end, or to where it breaks off, and says how it went. Returns the exit status."""
     view = run.view
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.on_signal)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, run.on_signal)
     with claimed(run):
         try:
             loop(run)

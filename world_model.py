@@ -585,15 +585,9 @@ class WorldModel(nn.Module):
         reward = self.point_error(self.reward_scale(step.rewards[..., None])[..., 0] - reward, None)
         last_reward = self.point_error(self.last_reward_scale(step.rewards[..., None])[..., 0] - last_reward, None)
         surprise = F.binary_cross_entropy_with_logits(ending, step.terminated.to(ending.dtype), reduction="none")
-        goes_on = ~step.terminated
-        return torch.stack(
-            [
-                masked_mean(dynamics, valid),
-                masked_mean(reward, valid & goes_on),
-                masked_mean(last_reward, valid & ~goes_on),
-                masked_mean(surprise, valid),
-            ]
-        )
+        last = step.terminated
+        losses = (dynamics, valid), (reward, valid & ~last), (last_reward, valid & last), (surprise, valid)
+        return torch.stack([masked_mean(x, where) for x, where in losses])
 
     # --- imagining
 
@@ -719,7 +713,7 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
     step, _, outcome, disagreement, unusual = judge(model, replay, *spread(unseen.nonzero(), limit))
     model.typical.copy_(torch.stack([quantiles(disagreement, 0.998)[0], quantiles(unusual, 0.998)[0]]).clamp(min=1e-6))
     logit = model.verdict(outcome.ending, lambda x: x)  # (B), or (E, B) where each member decides for itself
-    free = torch.tensor([0.0, 0.0], device=logit.device, requires_grad=True)  # log slope, shift
+    free = torch.zeros(2, device=logit.device, requires_grad=True)  # log slope, shift
     lbfgs = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
 
     def objective():
@@ -1008,7 +1002,15 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
 
 # --------------------------------------------------------------------------------------------------------------------- files
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}  # of checkpoints
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # of checkpoints
 
 
 def read_json(path: Path) -> dict:
@@ -1176,8 +1178,12 @@ def main(
         ("distance", "steps", "RMSE"),
         [(k, v["steps"], v["rmse"]) for k, v in result["reward_error_by_size"].items()],
     )
-    place = sorted(result["error_by_place"], key=lambda p: -p["error"])[:8]
-    show("Worst places (of a 6 x 6 grid over obs[0] and obs[1])", ("obs[0]", "obs[1]", "fitted steps", "error"), [("{:.2f} to {:.2f}".format(*p["x"]), "{:.2f} to {:.2f}".format(*p["y"]), p["fitted_steps"], p["error"]) for p in place])  # fmt: skip
+    places, between = sorted(result["error_by_place"], key=lambda p: -p["error"])[:8], "{:.2f} to {:.2f}".format
+    show(
+        "Worst places (of a 6 x 6 grid over obs[0] and obs[1])",
+        ("obs[0]", "obs[1]", "fitted steps", "error"),
+        [(between(*p["x"]), between(*p["y"]), p["fitted_steps"], p["error"]) for p in places],
+    )
     show("Endings on held-out steps", ("steps", "expected", "real"), [tuple(result["endings"].values())])
     console.print(f"Pictures and numbers are in {folder}", highlight=False, markup=False, emoji=False)
 

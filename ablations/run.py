@@ -320,7 +320,9 @@ def describe(study: Study, job: Job) -> dict:
     if summary["status"] == "finished":
         row |= dict(mean_return=np.mean([score for _, score in curve[1:]]), fall=fall([score for _, score in curve]))
         row |= study.measure(job.folder) if study.measure else {}
-    row |= dict(run=job.run, kit=versions[-1] if versions else None, curve=" ".join(f"{steps}:{score:.1f}" for steps, score in curve))
+    row |= dict(
+        run=job.run, kit="+".join(dict.fromkeys(versions)) or None, curve=" ".join(f"{steps}:{score:.1f}" for steps, score in curve)
+    )
     return {name: round(float(x), 4) if isinstance(x, (float, np.floating)) else x for name, x in row.items()}
 
 
@@ -332,8 +334,11 @@ def fall(scores: list[float]) -> float:
 
 
 def kit_version(script: Path) -> str:
-    """Ten digits that change with the two scripts."""
-    return hashlib.sha256(script.read_bytes() + (ROOT / "world_model.py").read_bytes()).hexdigest()[:10]
+    """Ten digits that change with the two scripts, and with what a script imports from them."""
+    text = script.read_bytes() + (ROOT / "world_model.py").read_bytes()
+    if re.search(rb"^(from|import) ppo_mbrl\b", text, re.M):
+        text += (ROOT / "ppo_mbrl.py").read_bytes()
+    return hashlib.sha256(text).hexdigest()[:10]
 
 
 def read_rows(path: Path) -> list[dict]:

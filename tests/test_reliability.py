@@ -552,7 +552,10 @@ def test_where_a_run_is_written_is_never_taken_from_a_settings_file(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["kit"] and sorted(os.listdir()) == ["config.json", "runs"]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "policy.safetensors", "map.png", "checkpoint/00000007.safetensors"])
+NAMES = ["metrics.jsonl", "summary.json", "policy.safetensors", "map.png", "checkpoint/00000007.safetensors", "checkpoint/00000007.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fresh", [False, True])
 def test_files_of_something_else_that_have_our_names_are_left_alone(name, fresh, tmp_path, capsys):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -577,6 +580,41 @@ def test_links_and_pipes_in_a_run_folder_are_refused(name, tmp_path, monkeypatch
         assert error.startswith("Error: ") and (str(path) in error or "Run folder" in error)
         path.unlink()
     assert contents(tmp_path) == before
+
+
+def test_a_pipe_in_the_place_of_the_settings_is_not_opened(tmp_path, capsys):
+    os.mkfifo(tmp_path / "config.json")
+    assert train(tmp_path) == 2
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path / 'config.json'} is not of a run of this kit")
+
+
+def test_beginning_anew_can_be_broken_off_anywhere_and_be_done_again(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    assert train(tmp_path / "whole") == 0
+    unlink, number = Path.unlink, len(contents(tmp_path / "whole"))
+
+    def killed(path, **given):
+        left[0] -= path.exists()
+        if left[0] < 0:
+            raise GeneratorExit  # nothing catches it
+        unlink(path, **given)
+
+    for i in range(number - 1):  # the log is emptied, not deleted
+        folder, left = shutil.copytree(tmp_path / "whole", tmp_path / f"after_{i}"), [i]
+        with monkeypatch.context() as patch, pytest.raises(GeneratorExit):
+            patch.setattr(Path, "unlink", killed)
+            train(folder, fresh=True)
+        assert train(folder, fresh=True) == 0 and fingerprint(folder) == fingerprint(tmp_path / "whole")
+
+
+def test_a_summary_of_more_than_the_checkpoint_holds_is_made_anew(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    assert train(tmp_path, total_steps=150) == 0
+    newest = sorted((tmp_path / "checkpoint").glob("*.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes() + b"0")
+    assert train(tmp_path, total_steps=100) == 0  # where the checkpoint before it already is
+    summary, last = summary_of(tmp_path), rows_of(tmp_path)[-1]
+    assert summary["real_steps"] == last["real_steps"] == 120 and summary["iteration"] == last["iteration"]
 
 
 def test_no_link_is_followed_when_a_file_is_written(tmp_path, monkeypatch):
