@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -351,6 +352,25 @@ def test_a_fall_is_measured_as_the_contract_defines_a_collapse():
 
 
 # ------------------------------------------------------------------------------------------------------------ the statistics
+
+
+@pytest.mark.parametrize(
+    "scores, errors, fell, collapsed",
+    [
+        ([-500, 0, 0, 0, 200, 200, 200, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 3, 3, 3], True, True),
+        ([-500, 0, 0, 0, 200, 200, 200, 0, 0, 0], [1, 1, 1, 1, 1, 9, 1, 1.5, 9, 1.5], True, False),  # single bad iterations don't count
+        ([-500, 0, 0, 0, 200, 200, 200, 0, 0, 0], [3] * 4 + [1] * 3 + [1.5] * 3, True, False),
+        ([-500, 0, 0, 0, 200, 200, 200, 100, 100, 100], [1] * 7 + [3] * 3, False, False),
+        ([-500, 0, 0, 0, 200, 200, 200, 0, 0, 0], [None] * 10, True, False),
+    ],
+)
+def test_a_model_collapses_if_its_error_doubles_where_the_return_falls(scores, errors, fell, collapsed, tmp_path):
+    from collapse import model_collapse
+
+    names = "real_steps", "eval/return_mean", "wm/error_openloop"
+    rows = [dict(zip(names, (500 * i, score, error))) for i, (score, error) in enumerate(zip(scores, errors))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert model_collapse(tmp_path) == dict(fell=fell, model_collapsed=collapsed)
 
 
 def test_averages_are_those_of_rliable():
