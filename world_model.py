@@ -1113,17 +1113,21 @@ def unpack(tree, tensors: dict):
 
 
 def load_replay(run_dir: Path, holdout: int, newest: int) -> Replay:
-    """The real steps in a run's newest checkpoint."""
+    """The real steps in a run's newest good checkpoint."""
     found = checkpoints(run_dir)
     if not found:
         raise UsageError(f"{run_dir} holds no checkpoint; is it the folder of a run in a learned model?")
-    try:
-        tensors, _ = read_checkpoint(found[-1])
-        steps = Rollout(*(tensors[f"replay.{name}"] for name in Rollout._fields))
-        replay = Replay(steps.obs.shape[1], steps.obs.shape[2], holdout, newest)
-        replay.add(steps)
-    except (LookupError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{found[-1]} holds no real steps of a run in a learned model: {error}.")
+    for path in reversed(found):
+        try:
+            tensors, _ = read_checkpoint(path)
+            steps = Rollout(*(tensors[f"replay.{name}"] for name in Rollout._fields))
+            replay = Replay(steps.obs.shape[1], steps.obs.shape[2], holdout, newest)
+            replay.add(steps)
+            break
+        except (LookupError, OSError, RuntimeError, ValueError) as error:
+            problem = f"{path} holds no real steps of a run in a learned model: {error}."
+    else:
+        raise UsageError(problem)
     if not replay.held_out.any():
         raise UsageError(f"{run_dir} has too few episodes to hold one out; let it run on.")
     return replay
@@ -1147,13 +1151,12 @@ def main(
     try:
         config = read_json(run_dir / "config.json")
         settings = ModelSettings(**{f.name: config[f.name] for f in dataclasses.fields(ModelSettings)} | given)
-        folder = run_dir / "world_model"
-        folder.mkdir(exist_ok=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run_dir} is not the folder of a run: {error}.")
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    replay = load_replay(run_dir, settings.wm_holdout, settings.wm_newest)
+    replay, folder = load_replay(run_dir, settings.wm_holdout, settings.wm_newest), run_dir / "world_model"
+    folder.mkdir(exist_ok=True)
     model = WorldModel(replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1, settings)
     optimizer = torch.optim.AdamW([flatten(model)], lr=settings.wm_lr, weight_decay=settings.wm_weight_decay, fused=True)
     console = Console()

@@ -583,6 +583,18 @@ def test_the_diagnosis_of_a_run_tells_where_the_model_is_wrong(tmp_path, monkeyp
     assert (tmp_path / "world_model" / "map.png").exists() and len(result["error_by_place"]) > 3
 
 
+def test_the_diagnosis_takes_the_newest_checkpoint_that_is_good(tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    assert train(tmp_path, total_steps=180) == 0
+    older, newest = sorted((tmp_path / "checkpoint").glob("*.safetensors"))
+    expected = len(world_model.load_replay(tmp_path, 2, 0)) - 30
+    newest.write_bytes(b"damaged")
+    assert len(world_model.load_replay(tmp_path, 2, 0)) == expected
+    older.unlink()
+    with pytest.raises(world_model.UsageError, match="holds no real steps"):
+        world_model.load_replay(tmp_path, 2, 0)
+
+
 class Corridor(gym.Env):
     """Six places in a row, observed as flags only; the last one ends the episode."""
 
