@@ -442,7 +442,7 @@ def train_simple(run: "Run"):
         rollout = gather(run, env, functools.partial(explore, agent, env, s), replay)
         scale.update(rollout)
         run.phase("fitting")  # line 5: update the model on all of them
-        log = learn(run, model, wm_optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates)
+        log = learn(run, model, wm_optimizer, replay)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
@@ -451,7 +451,7 @@ def train_simple(run: "Run"):
         reset = not schedule.safe and run.grown(s.renew_growth, s.reset_from)
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
-            log = learn(run, model, wm_optimizer, replay, s.reset_updates)
+            log = learn(run, model, wm_optimizer, replay, anew=True)
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
         rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
@@ -459,9 +459,11 @@ def train_simple(run: "Run"):
         run.end_iteration(log)
 
 
-def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, updates: int) -> dict:
-    """Fits the model to the replay and measures it on the held-out episodes."""
-    return fit(model, optimizer, replay, updates, run.settings.wm_batch, run.tick) | measure(model, replay)
+def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, anew: bool = False) -> dict:
+    """Fits the model to the replay, for longer the first time and where it begins anew, and measures it on the held-out episodes."""
+    s = run.settings
+    updates = s.reset_updates if anew else s.wm_updates if run.iteration else s.wm_first_updates
+    return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
 
 
 class Schedule(NamedTuple):
@@ -587,7 +589,7 @@ def train_mpc(run: "Run"):
         run.phase("gathering")
         gather(run, env, planner, replay)
         run.phase("fitting")
-        log = learn(run, model, optimizer, replay, s.wm_updates if run.iteration else s.wm_first_updates)
+        log = learn(run, model, optimizer, replay)
         run.end_iteration(log)
 
 
@@ -816,7 +818,7 @@ class Run:
         s, evaluations = self.settings, [row["eval/return_mean"] for row in self.rows() if "eval/return_mean" in row]
         summary = dict(status=status, mode=s.mode, env_id=s.env_id, seed=s.seed) | self.counters() | self.clocks()
         summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False)
-        summary |= dict.fromkeys(("final_return_mean", "final_return_std")) | dict(final_episodes=0)
+        summary |= dict(final_return_mean=None, final_return_std=None, final_episodes=0)
         if final is not None:
             random = play(random_actions(s), s.env_id, 100, 20_000, self.tick).returns.mean()
             mean, std = float(final.returns.mean()), float(final.returns.std())
@@ -923,7 +925,8 @@ def restore(run: Run) -> bool:
             for name, part in run.parts.items():
                 part.load_state_dict(state[name])
             run.saved = {name: state[name] for name in run.COUNTERS}
-            if any(type(x) not in (type(getattr(run, name)), int) or (x or 0) < 0 for name, x in run.saved.items()):
+            kinds = {name: (type(x), int) if x is None else (type(x),) for name, x in run.counters().items()}
+            if any(type(x) not in kinds[name] or (x or 0) < 0 for name, x in run.saved.items()):
                 raise ValueError(f"it can't have counted {run.saved}")
             vars(run).update(run.saved)
             run.wall, run.cpu = run.wall - state["wall_s"], run.cpu - state["cpu_s"]

@@ -1002,7 +1002,7 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
 
 # --------------------------------------------------------------------------------------------------------------------- files
 
-DTYPES = {
+DTYPES = {  # of checkpoints
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -1010,7 +1010,7 @@ DTYPES = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.bool: "BOOL",
-}  # of checkpoints
+}
 
 
 def read_json(path: Path) -> dict:
