@@ -1,7 +1,8 @@
 """Study: what gets PPO in dreams stuck, and what sets it free?
 
 The article's agent hovers or wanders at about 100 and never lands reliably. Each ingredient is added to the defaults, and taken out of an agent that
-has them all. Without "long horizon", dreams of "all" are cut after 20 steps. The runs are those of collapse.py.
+has them all. Without "long horizon", dreams of "all" are cut after 20 steps. Arms that the claim names have ten seeds, the others five. The runs are
+those of collapse.py.
 
     python ablations/local_optimum.py --seeds 0-9 --jobs 2
 """
@@ -23,6 +24,12 @@ ALL = {name: value for settings in INGREDIENTS.values() for name, value in setti
 WITHOUT = {f"all but {name}": {k: v for k, v in ALL.items() if k not in settings} for name, settings in INGREDIENTS.items()}
 ARMS = {"default": {}, **{f"+ {name}": settings for name, settings in INGREDIENTS.items()}}
 ARMS |= {"+ short sight to the end": dict(good_gamma=0.99), "all": ALL, **WITHOUT, "all but long horizon": ALL | dict(horizon=20)}
+CLAIMED = ["all", "+ far sight at once", "+ long dreams trusted", "+ whole episodes"]
+
+
+def skip(arm: str, seed: int) -> bool:
+    return 5 <= seed < 10 and arm not in ("default", *CLAIMED)
+
 
 STUDY = Study(
     name="local_optimum",
@@ -30,8 +37,9 @@ STUDY = Study(
     claim="With all ingredients an agent returns less on the way than the default; so does the default with far sight at once, long dreams trusted, or whole episodes.",
     arms=ARMS,
     shared=SHORT,
-    tests=[More("default", arm, "mean_return") for arm in ("all", "+ far sight at once", "+ long dreams trusted", "+ whole episodes")],
+    tests=[More("default", arm, "mean_return") for arm in CLAIMED],
     metric="mean_return",
+    skip=skip,
 )
 
 if __name__ == "__main__":
