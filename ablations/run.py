@@ -86,6 +86,9 @@ class Study:
     metric: str = "final_return_mean"  # what the tables and the picture show
     costs: tuple[str, ...] = ("fall",)  # numbers of which less is better
     measure: Callable[[Path], dict] | None = None  # further columns, from the folder of a finished run
+    also: Callable[[list[dict], Path, Console], None] | None = (
+        None  # what a page adds to the report: gets the rows, their folder, a console
+    )
     script: str = "ppo_mbrl.py"  # what is run, below the kit's folder
     smoke: dict | None = None  # settings of a smoke run, where SMOKE's do not fit the script
     skip: Callable[[str, int], bool] = lambda arm, seed: False  # runs of the table that are left out
@@ -185,8 +188,9 @@ def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> 
     A run that crashed is tried once more. The log beside the run's folder is also its lock, and the run holds it too: whoever else wants the same
     run waits for it (or, without `wait`, hears 'busy') even if this process is killed, and then finds it finished.
     """
-    with contextlib.suppress(ValueError):  # only a main thread may; Ctrl-C reaches runs by way of `stop`, so that they save
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(ValueError):  # only a main thread may; Ctrl-C reaches the runs of workers by way of `stop`, so that they save
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "ab") as log:
         while True:
@@ -424,6 +428,16 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
     return whole, found
 
 
+def provisional(study: Study, rows: list[dict]) -> str:
+    """What goes with a verdict whose rows are not those that were declared; '' if they are."""
+    declared = {(arm, seed) for arm in study.arms for seed in parse_seeds(study.seeds) if not study.skip(arm, seed)}
+    there = {(row["arm"], row["seed"]) for row in rows}
+    absent, added = len(declared - there), sorted({seed for _, seed in there - declared})
+    words = [f"{absent} of {len(declared)} declared runs are missing"] * (absent > 0)
+    words += [f"there are runs beyond the declared seeds {study.seeds}, of {', '.join(map(str, added))}"] * (len(added) > 0)
+    return f", provisional, for {'; '.join(words)}" if words else ""
+
+
 def spoken(triple: tuple[float, float, float], form: str = ".0f") -> str:
     value, low, high = triple
     return f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if np.isfinite(low) else "")
@@ -452,7 +466,8 @@ def report(study: Study, rows: list[dict], missing: list[str]) -> list:
         "arm", "probability of improvement", "p", "solved, p", title=f"Against {first}, p corrected by Holm for the number of arms"
     )
     others = [arm for arm in others if min(len(scores[arm]), len(scores[first])) >= 3]
-    better = [stats.improvement(scores[arm], scores[first]) for arm in others]
+    sign = -1 if study.metric in study.costs else 1  # an improvement is less of what costs
+    better = [stats.improvement(sign * scores[arm], sign * scores[first]) for arm in others]
     solved = {arm: values(study, rows, arm, "solved") for arm in arms}
     exact = [stats.fisher(int(solved[arm].sum()), len(solved[arm]), int(solved[first].sum()), len(solved[first])) for arm in others]
     for arm, b, p, q in zip(others, better, stats.holm([b[3] for b in better]), stats.holm(exact)):
@@ -465,7 +480,12 @@ def report(study: Study, rows: list[dict], missing: list[str]) -> list:
     for table in tables:
         table.box, table.title_justify = box.MARKDOWN, "left"
     missing = [f"\nMissing: {line}" for line in missing]
-    return [f"## {study.name}\n\nQuestion: {study.question}\nClaim: {study.claim}\n", *tables, *missing, f"\n{study.name}: {verdict}"]
+    return [
+        f"## {study.name}\n\nQuestion: {study.question}\nClaim: {study.claim}\n",
+        *tables,
+        *missing,
+        f"\n{study.name}: {verdict}{provisional(study, rows)}",
+    ]
 
 
 def check(study: Study, rows: list[dict], reference: list[dict]) -> list:
@@ -624,8 +644,9 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if index is None:
-        now = {(job.arm, job.run) for job in table}
-        rows = [row for row in read_rows(path) if callable(study.arms.get(row["arm"])) or (row["arm"], row["run"]) in now]
+        rows = read_rows(path)  # also those of other launchers and seeds, but none of an arm that was declared otherwise
+        now = {(job.arm, job.run, job.seed) for job in expand(study, [row["seed"] for row in rows], script, smoke)}
+        rows = [row for row in rows if (row["arm"], row["run"], row["seed"]) in now]
         if older := sum(row["kit"] != kit for row in rows):
             say(f"{older} of {len(rows)} rows are of another version of the scripts. To make them anew, delete their run folders.")
         if rows:
@@ -650,7 +671,9 @@ def conclude(study: Study, rows: list[dict], missing: list[str], folder: Path, c
         for target in (wide(console), Console(file=file, width=200)):
             for thing in report(study, rows, missing):
                 target.print(thing, highlight=False, markup=False) if isinstance(thing, str) else target.print(thing)
-    draw(study, rows, judge(study, rows)[0], folder / "study.png")
+    draw(study, rows, judge(study, rows)[0] + provisional(study, rows), folder / "study.png")
+    if study.also:
+        study.also(rows, folder, wide(console))
     console.print(f"Rows, report and picture are in {folder}", highlight=False)
 
 

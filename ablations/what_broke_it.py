@@ -11,10 +11,11 @@ Verdict  A departure causes the local optimum if mending it alone raises the fin
          shares are surely, with 95 %, between -1/4 and 1/4. Else the question is open and wants more seeds. It may help, too.
 
     python ablations/what_broke_it.py --jobs 2              about 13 core-hours; rows and report in runs/studies/what_broke_it
-    python ablations/what_broke_it.py --seeds 10-14         five more seeds of every arm
+    python ablations/what_broke_it.py --seeds 10-14         five more seeds of every arm, as an open question wants; the report says so
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from as_published import DEPARTURES
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from run import More, Study, read_rows, run_study, values
+from run import More, Study, run_study, values
 
 from world_model import pyplot
 
@@ -90,9 +91,8 @@ def verdicts(rows: list[dict]) -> list[dict]:
     return found
 
 
-def conclude(folder: Path):
+def tell(rows: list[dict], folder: Path, console: Console):
     """The table of verdicts and the picture that tells it at a glance, once every arm has three runs."""
-    rows = read_rows(folder / "rows.csv")
     if min(len(values(STUDY, rows, arm, STUDY.metric)) for arm in STUDY.arms) < 3:
         return
     found = verdicts(rows)
@@ -103,8 +103,8 @@ def conclude(folder: Path):
             row["departure"], *both, *(", ".join(f"{p:.3f}" for p, _ in row[what]) for what in (STUDY.metric, "fall")), row["verdict"]
         )
     with open(folder / "verdicts.md", "w") as file:
-        for console in (Console(), Console(file=file, width=200)):
-            console.print(table)
+        for target in (console, Console(file=file, width=200)):
+            target.print(table)
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
@@ -124,7 +124,4 @@ def conclude(folder: Path):
 
 
 if __name__ == "__main__":
-    try:
-        run_study(STUDY)
-    finally:  # run_study leaves the program
-        conclude(Path("runs", "studies", STUDY.name))
+    run_study(replace(STUDY, also=tell))

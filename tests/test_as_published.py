@@ -23,6 +23,7 @@ import as_published  # noqa: E402
 import run as runner  # noqa: E402
 import what_broke_it  # noqa: E402
 from as_published import DEPARTURES, Data, Model, Settings, choose, dream  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 TINY = dict(env_id="CartPole-v1", epochs=3, episodes=3, dream_steps=40, passes=2, minibatch=16, wm_passes=2, hidden=8, test_every=2)
 
@@ -489,8 +490,7 @@ def test_the_study_finds_who_did_it_in_made_up_runs(tmp_path):
     for value, low, high in found["ratio"]["shares"]:
         assert low - 0.02 < 150 / 180 < high + 0.02 and value == pytest.approx(150 / 180, abs=0.05)
 
-    runner.record(tmp_path / "rows.csv", made_up_rows())
-    what_broke_it.conclude(tmp_path)
+    what_broke_it.tell(made_up_rows(), tmp_path, Console())
     assert (tmp_path / "verdicts.md").read_text().count("harmless") == 9 and (tmp_path / "verdicts.png").stat().st_size > 10_000
 
 

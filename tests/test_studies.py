@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "ablations"))
 import run  # noqa: E402
 import stats  # noqa: E402
+from rich.console import Console  # noqa: E402
 from run import More, Often, Study  # noqa: E402
 
 from world_model import UsageError  # noqa: E402
@@ -183,6 +185,7 @@ def test_12_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(back
 PAGE = """
 import sys
 sys.path[:0] = [{ablations!r}]
+from rich.console import Console  # noqa: E402
 from run import More, Often, Study, run_study
 run_study(Study("made_up", "Which is higher?", "The high one.", {arms!r}, [More("high", "low")]))
 """
@@ -202,16 +205,17 @@ def test_two_launchers_at_once_do_nothing_twice(script, tmp_path):
     assert calls() == [1] * 6 and len(rows(study())) == 6 and all("6 of 6" in words for words in said)
 
 
-def test_stopping_a_batch_lets_its_runs_save_and_reports_what_there_is(script, tmp_path):
-    command = [*page(tmp_path, dict(low=dict(hidden=100), high=dict(gamma=9, hidden=300))), "--seeds", "0-9"]
+@pytest.mark.parametrize("number, jobs", [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGINT, 1)])
+def test_stopping_a_batch_lets_its_runs_save_and_reports_what_there_is(number, jobs, script, tmp_path):
+    command = [*page(tmp_path, dict(low=dict(hidden=100), high=dict(gamma=9, hidden=300))), "--seeds", "0-9", "--jobs", str(jobs)]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list(Path("runs/studies").rglob("rows.csv")):
         time.sleep(0.1)
-    launcher.send_signal(signal.SIGTERM)
-    said = launcher.communicate(timeout=10)[0]
-    assert launcher.returncode == 143 and "The same command goes on from there" in said
+    launcher.send_signal(number)
+    said = launcher.communicate(timeout=8)[0]
+    assert launcher.returncode == 128 + number and "The same command goes on from there" in said
     finished = len(list(Path("runs").rglob("summary.json")))
-    assert len(list(Path("runs").rglob("saved"))) == len(calls()) - finished <= 2 and not list(Path("runs/studies").rglob("stop-*"))
+    assert len(list(Path("runs").rglob("saved"))) == len(calls()) - finished <= jobs and not list(Path("runs/studies").rglob("stop-*"))
     (report,) = Path("runs/studies").rglob("report.md")
     assert "Missing: high, seed 0: interrupted" in report.read_text() and "made_up: inconclusive" in said
 
@@ -233,6 +237,16 @@ def test_an_array_index_runs_that_run_alone(script, tmp_path):
         done = subprocess.run([*command, "--seeds", "0-1"], env=os.environ | {name: str(i)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert [(row["arm"], row["seed"]) for row in rows(study())] == [("high", 1), ("low", 0)]
+
+
+def test_a_run_by_index_can_be_stopped_too(script, tmp_path):
+    launcher = subprocess.Popen([*page(tmp_path, dict(slow=dict(gamma=9), high={})), "--index", "0"], stdout=subprocess.PIPE, text=True)
+    while not calls():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    launcher.send_signal(signal.SIGINT)
+    assert "Stopped; the runs are saved" in launcher.communicate(timeout=8)[0] and launcher.returncode == 130
+    assert list(Path("runs").rglob("saved")) and not list(Path("runs").rglob("summary.json"))
 
 
 def test_bad_input_is_one_sentence(script, tmp_path):
@@ -262,6 +276,18 @@ def test_committed_rows_count_as_finished_where_that_is_asked_for(script, tmp_pa
     os.rename("runs", "elsewhere")  # a fresh machine
     assert batch(study(), script, seeds="0-3", reuse=True) == 0 and calls() == [1] * 2 and len(rows(study())) == 8
     assert "made_up: reproduced" in capsys.readouterr().out
+
+
+def test_rows_of_an_arm_that_was_declared_otherwise_are_left_out(script, capsys):
+    for score in (300, 100):
+        batch(study(dict(low={}, high=lambda seed: dict(hidden=score + seed))), script)
+    assert len(rows(study())) == 9  # kept in the file
+    assert "| high | 3    | 102 (" in capsys.readouterr().out.split("CPU min")[-1]
+
+
+def test_a_page_may_add_to_the_report(script, capsys):
+    batch(study(also=lambda rows, folder, console: console.print(f"{len(rows)} rows in {folder.name}")), script)
+    assert "6 rows in made_up_fake" in capsys.readouterr().out
 
 
 def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypatch, capsys):
@@ -328,6 +354,29 @@ def made_up(**arms) -> list[dict]:
     (range(0, 10), range(1, 11), "inconclusive"), (range(2), range(100, 102), "inconclusive"), ([5] * 10, [5] * 10, "inconclusive")])  # fmt: skip
 def test_a_verdict_needs_a_difference_beyond_chance_in_the_declared_direction(low, high, verdict):
     assert run.judge(study(), made_up(low=low, high=high))[0] == verdict
+
+
+def finished(rows: list[dict]) -> list[dict]:
+    """The rows with all that a report tells."""
+    return [
+        row | dict(cpu_s=1, hovering=False, stuck=False, collapsed=False, status="finished", fall=row["final_return_mean"]) for row in rows
+    ]
+
+
+def test_a_verdict_says_if_its_runs_are_not_those_declared():
+    declared = study(seeds="0-2", skip=lambda arm, seed: arm == "low" and seed == 2)
+    rows = finished(made_up(low=[1, 2], high=[3, 4, 5]))
+    assert run.provisional(declared, rows) == ""
+    assert run.provisional(declared, made_up(low=[1, 2, 3, 4], high=[3, 4, 5])).endswith("beyond the declared seeds 0-2, of 2, 3")
+    assert run.report(declared, rows[1:], [])[-1] == "\nmade_up: inconclusive, provisional, for 1 of 5 declared runs are missing"
+
+
+@pytest.mark.parametrize("metric, probability", [("final_return_mean", "1.00"), ("fall", "0.00")])
+def test_less_of_what_costs_is_an_improvement(metric, probability):
+    said = io.StringIO()
+    for thing in run.report(study(metric=metric), finished(made_up(low=[1, 2, 3], high=[4, 5, 6])), []):
+        Console(file=said, width=200).print(thing)
+    assert f"| high | {probability} (" in said.getvalue().split("probability of improvement")[1]
 
 
 def test_runs_without_an_answer_are_no_successes_and_without_any_there_is_no_verdict():
