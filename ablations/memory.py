@@ -11,10 +11,10 @@ GRU = dict(wm_memory="gru")
 STUDY = Study(
     name="memory",
     question="Does the model need a memory?",
-    claim="A model with a memory returns more on the way where there is wind, and with wind its agent returns less than without when it has none.",
+    claim="Where there is wind, an agent in the dreams of a model with a memory returns more on the way.",
     arms={"no wind": {}, "no wind, GRU": GRU, "wind": WIND, "wind, GRU": WIND | GRU},
     shared=SHORT,
-    tests=[More("wind, GRU", "wind", "mean_return"), More("no wind", "wind", "mean_return")],
+    tests=[More("wind, GRU", "wind", "mean_return")],
     metric="mean_return",
     minutes={"no wind": 1.9, "no wind, GRU": 3.8, "wind": 1.9, "wind, GRU": 3.8},
 )
