@@ -116,9 +116,9 @@ class Settings(ModelSettings):
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest 1,000 real steps whose episode ended, or of good ones among ten endings; else in full.", panel="Dreams")
-    renew_growth: float = setting(0.5, "As long as no real episode has ended well in 2,000 steps, and most come to no end, or pay no more than before, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on, whenever the data has grown by --renew-growth and not all of the latest ten endings were good, model and agent begin anew, and learn for longer; 0: never.", 0, 10**9, "Dreams")
-    reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 0, 10_000_000, "Dreams")
+    renew_growth: float = setting(0.5, "As long as none of the latest ten endings was good, or none has come for 2,000 real steps, and most episodes do not end, or pay no more than before, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on, whenever the data has grown by --renew-growth, model and agent begin anew and learn for longer, stuck or not, unless all of the latest ten endings were good; 0: never.", 0, 10**9, "Dreams")
+    reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
@@ -441,22 +441,22 @@ def train_simple(run: "Run"):
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
         rollout = gather(run, env, functools.partial(explore, agent, env, s), replay)
         scale.update(rollout)
+        schedule = Schedule.of(replay, s)
+        early = not 0 < s.reset_from <= run.real_steps
+        stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
+        reset = not schedule.safe and run.grown(s.renew_growth, s.reset_from)  # both do
         run.phase("fitting")  # line 5: update the model on all of them
-        log = learn(run, model, wm_optimizer, replay)
+        if reset:
+            renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
+        log = learn(run, model, wm_optimizer, replay, anew=reset)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
-        schedule = Schedule.of(replay, s)
-        stuck = schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))
-        reset = not schedule.safe and run.grown(s.renew_growth, s.reset_from)
-        if reset:
-            renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
-            log = learn(run, model, wm_optimizer, replay, anew=True)
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
         rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
-        run.end_iteration(log)
+        run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
 
 def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, anew: bool = False) -> dict:
@@ -478,7 +478,7 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
-    safe: bool  # all of the latest endings were good
+    safe: bool  # all of the latest endings were good; or nothing has ever ended, and the reward grows
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
@@ -490,8 +490,7 @@ class Schedule(NamedTuple):
             good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
         sight = max(1 - ended, good)
         before, now = replay.reward_rates(steps)
-        safe = len(ago) > 0 and bool(well.all())  # where every ending is good, none is shunned
-        shuns = ended < 0.5 and not (len(ago) == 0 and now > before)  # nor where there is none
+        safe = bool(well.all()) if len(ago) else now > before
         return cls(
             good=good,
             caution=max(ended, good) if s.caution else 1.0,
@@ -499,7 +498,7 @@ class Schedule(NamedTuple):
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
             safe=safe,
-            stuck=good == 0 and not safe and (shuns or now <= before),
+            stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
         )
 
 
@@ -725,9 +724,11 @@ class Run:
         return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
 
     def grown(self, share: float, since: float) -> bool:
-        """Whether in this iteration the data has come to `since` real steps, or grown from there, once more, by this share; never if either is 0."""
+        """Whether in this iteration the data has come to `since` real steps, or grown from there, once more, by this share; never if either is 0,
+        nor in the first iteration or the last: who begins anew at the end would never act."""
         times = lambda steps: int(math.log(steps / since, 1 + share)) if steps >= since else -1  # noqa: E731
-        return share > 0 and since > 0 and times(self.real_steps) > times(self.saved["real_steps"])
+        between = self.iteration > 0 and self.goes_on()
+        return share > 0 and since > 0 and between and times(self.real_steps) > times(self.saved["real_steps"])
 
     def temperature(self) -> float:
         s = self.settings

@@ -187,6 +187,11 @@ class Replay:
         recent[: self.oldest] = False
         return recent
 
+    @property
+    def unseen(self) -> Tensor:
+        """(T, N): the recent steps that no model was fitted to; all False while there are none."""
+        return self.held_out & self.recent
+
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
         offset = torch.arange(-before, after, device=t.device).view(-1, *[1] * t.ndim)
@@ -709,8 +714,8 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
     Slope and shift of the logit (Platt, 1999) minimise the Brier score, with a prior towards no change. Under the log score a single ending
     that the model held impossible would flatten the slope until dreams die everywhere; the Brier score is proper too, but bounded.
     """
-    unseen = replay.held_out if replay.held_out.any() else torch.ones_like(replay.held_out)
-    step, _, outcome, disagreement, unusual = judge(model, replay, *spread(unseen.nonzero(), limit))
+    where = replay.unseen if replay.unseen.any() else replay.recent
+    step, _, outcome, disagreement, unusual = judge(model, replay, *spread(where.nonzero(), limit))
     model.typical.copy_(torch.stack([quantiles(disagreement, 0.998)[0], quantiles(unusual, 0.998)[0]]).clamp(min=1e-6))
     logit = model.verdict(outcome.ending, lambda x: x)  # (B), or (E, B) where each member decides for itself
     free = torch.zeros(2, device=logit.device, requires_grad=True)  # log slope, shift
@@ -859,18 +864,18 @@ def error_curve(model: WorldModel, replay: Replay, length: int, where: Tensor) -
 
 def trusted_horizon(model: WorldModel, replay: Replay, limit: float, longest: int) -> int:
     """The number of steps, at least 1, until the held-out open-loop error exceeds `limit`: a better model dreams further (Lambert et al., 2021)."""
-    where = replay.held_out if replay.held_out.any() else torch.ones_like(replay.held_out)
+    where = replay.unseen if replay.unseen.any() else replay.recent
     within = error_curve(model, replay, longest, where) <= limit
     return max(1, int(within.cummin(0).values.sum()))
 
 
 def measure(model: WorldModel, replay: Replay, length: int = 20) -> dict[str, float | None]:
-    """The model's errors on held-out episodes, for the log; None while no episode is held out, or none lasts `length` steps. Not random."""
+    """The model's errors on held-out recent steps, for the log; None where there are none, or no episode lasts `length` steps. Not random."""
     names = "wm/error_1step", "wm/error_openloop", "wm/reward_rmse", "wm/reward_tail_rmse"
-    if not replay.held_out.any():
+    if not replay.unseen.any():
         return dict.fromkeys(names)
-    curve = error_curve(model, replay, length, replay.held_out)
-    real, expected = expected_rewards(model, replay, replay.held_out)
+    curve = error_curve(model, replay, length, replay.unseen)
+    real, expected = expected_rewards(model, replay, replay.unseen)
     error, size = (real - expected).square(), (real - real.median()).abs()
     tail = size >= quantiles(size, 0.99)[0]
     last = float(curve[-1]) if len(curve) == length else None

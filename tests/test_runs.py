@@ -251,7 +251,7 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
 def test_an_agent_is_stuck_if_no_ending_is_good_and_nothing_gets_better(ended, ago, well, rates, stuck):
     schedule = Schedule.of(fates(ended, ago, well, rates), Settings())
     assert schedule.stuck == stuck
-    assert schedule.safe == (len(well) > 0 and False not in well[-10:])
+    assert schedule.safe == (False not in well[-10:] if well else rates[1] > rates[0])
 
 
 def fates(ended: float, ago: list, well: list, rates: tuple):
@@ -284,37 +284,46 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
         assert (used.gamma, used.gae_lambda, used.grounding) == (0.5, 0.6, grounding)
 
 
-@pytest.mark.parametrize("stuck, renewals", [(True, 3), (False, 0)])
-def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, renewals, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stuck, reset_from, times", [(True, 0, [90, 120]), (True, 100, [90]), (False, 0, [])])
+def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    seen = []
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, False, stuck))
-    monkeypatch.setattr(ppo_mbrl, "renew", lambda optimizer, fresh: seen.append(fresh))
-    assert train(tmp_path, total_steps=180, renew_growth=0.4) == 0
-    rows = rows_of(tmp_path)
-    assert [row["real_steps"] for row in rows] == [0, 60, 90, 120, 150, 180]
-    crossed = [False, True, True, False, True]  # 60 x 1.4 = 84, 118, 165
-    assert len(seen) == renewals
-    imagined = [b["imagined_steps"] - a["imagined_steps"] for a, b in zip(rows, rows[1:])]
-    assert imagined == [40 * (3 if i == 0 or (here and renewals) else 1) for i, here in enumerate(crossed)]
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, True, stuck))
+    assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from) == 0
+    rows = rows_of(tmp_path)[1:]
+    assert [row["real_steps"] for row in rows] == [60, 90, 120, 150, 180]
+    # the data has grown at 60 x 1.4 = 84, 118, and at 165: too late for a run of 180
+    assert [row["real_steps"] for row in rows if row["dream/anew"]] == times and not any(row["wm/anew"] for row in rows)
+    imagined = np.diff([0] + [row["imagined_steps"] for row in rows])
+    assert imagined.tolist() == [40 * (3 if row["real_steps"] in (60, *times) else 1) for row in rows]
 
 
 @pytest.mark.parametrize(
-    "safe, reset_from, times", [(False, 100, [120, 150]), (False, 90, [90, 150, 180]), (True, 100, []), (False, 0, [])]
+    "safe, reset_from, times", [(False, 100, [120, 150]), (False, 90, [90, 150]), (False, 60, [90, 120]), (True, 100, []), (False, 0, [])]
 )
 def test_model_and_agent_begin_anew_as_the_data_grows_until_all_endings_are_good(safe, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    fit, renewed, updates = ppo_mbrl.fit, [], []
+    did = []
+
+    def told(name, what):  # each step of an iteration, in order
+        original = getattr(ppo_mbrl, name)
+        monkeypatch.setattr(ppo_mbrl, name, lambda *given, **more: did.append(what(*given)) or original(*given, **more))
+
     monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, safe, False))
-    monkeypatch.setattr(ppo_mbrl, "renew", lambda optimizer, fresh: renewed.append((type(optimizer), type(fresh))))
-    monkeypatch.setattr(ppo_mbrl, "fit", lambda *given: updates.append((len(given[2]), given[3])) or fit(*given))
-    # with --renew-growth 0.4 the data has grown at 140 and 196, or at 126 and 176.4
-    assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4) == 0
-    assert renewed == [(torch.optim.AdamW, ppo_mbrl.WorldModel), (torch.optim.Adam, ppo_mbrl.Agent)] * len(times)
-    assert [steps for steps, number in updates if number == 7] == times
-    rows = rows_of(tmp_path)
-    imagined = {b["real_steps"]: b["imagined_steps"] - a["imagined_steps"] for a, b in zip(rows, rows[1:])}
-    assert imagined == {steps: 40 * (4 if steps in times else 3 if steps == 60 else 1) for steps in imagined}
+    told("gather", lambda run, *_: run.real_steps + 30)
+    told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
+    told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
+    told("dream_and_improve", lambda *given: f"dreamed {given[-1]} times")
+    # with --renew-growth 0.4 the data has grown at 140 and 196, at 126 and 176.4, or at 84, 118 and 165
+    more = dict(total_steps=180, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4, wm_first_updates=9, wm_updates=5)
+    assert train(tmp_path, **more, rounds=2) == 0
+    expected = [30, "fitted 9 times", "dreamed 6 times"]
+    for steps in (90, 120, 150, 180):
+        if steps in times:
+            expected += [steps, "WorldModel anew", "fitted 7 times", "Agent anew", "dreamed 4 times"]
+        else:
+            expected += [steps, "fitted 5 times", "dreamed 2 times"]
+    assert did == expected
+    assert [row["real_steps"] for row in rows_of(tmp_path)[1:] if row["wm/anew"] and row["dream/anew"]] == times
 
 
 @pytest.mark.parametrize(
@@ -357,7 +366,16 @@ RUNS = {
     "simple": dict(total_steps=180, gather_limit=25),
     "stuck": dict(env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_growth=0.5),  # nothing ends: the agent begins anew
     "reset": dict(
-        env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_growth=0.5, reset_from=100, reset_updates=5, reset_rounds=2
+        env_id="MountainCar-v0",
+        total_steps=240,
+        gather_limit=25,
+        renew_growth=0.4,
+        reset_from=150,
+        reset_updates=5,
+        reset_rounds=2,
+        num_envs=2,
+        wm_memory="gru",
+        uncertainty="both",
     ),
     "gru and both": dict(
         total_steps=180, wm_memory="gru", uncertainty="both", num_envs=2, gather_temperature=0.5, gather_limit=25, realign=3
@@ -377,7 +395,9 @@ def test_the_same_command_twice_learns_the_same_and_another_seed_does_not(kind, 
     if kind in ("stuck", "reset"):
         imagined = [row["imagined_steps"] for row in rows_of(tmp_path / "one")]
         assert (2 * 40 in np.diff(imagined)) == (kind == "reset")
-        assert np.diff(imagined).tolist().count(3 * 40) > 1 and 40 in np.diff(imagined)  # three times the rounds where the agent began anew
+        assert np.diff(imagined).tolist().count(3 * 40) > 1 and 40 in np.diff(
+            imagined
+        )  # thrice the rounds where the agent alone began anew
 
 
 @pytest.mark.parametrize("kind", RUNS)

@@ -32,6 +32,7 @@ from world_model import (
     error_curve,
     fit,
     gaussian_error,
+    measure,
     plan,
     quantiles,
     rk4,
@@ -712,6 +713,20 @@ def test_every_target_learns_a_linear_system(target):
     fit(model, optimizer, replay, 400, 256)
     after = error_curve(model, replay, 5, replay.held_out)
     assert after[0] < 0.25 * before[0] and after[4] < 0.25 * before[4], (before, after)
+
+
+def test_what_is_too_old_does_not_count_where_a_model_is_judged():
+    """Two pasts, one present: a model of the newest steps has the same errors, calibration and horizon, whatever came before."""
+    past, present = random_rollout(100, 2, 3, seed=1, p=0.05), random_rollout(200, 2, 3, seed=2, p=0.05)
+    found = []
+    for scale, newest in ((1, 190), (100, 190), (100, 0)):
+        torch.manual_seed(0)
+        before = past._replace(obs=scale * past.obs, next_obs=scale * past.next_obs, rewards=scale * past.rewards)
+        replay = filled(Rollout(*map(torch.cat, zip(before, present))), holdout=3, newest=newest)
+        model = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4))
+        calibrate(model, replay)
+        found.append([*measure(model, replay, 5).values(), *model.typical.tolist(), *model.calibration.tolist()])
+    assert found[0] == pytest.approx(found[1]) and found[1][0] != pytest.approx(found[2][0], rel=0.1)
 
 
 def test_held_out_episodes_are_never_fitted():
