@@ -2,6 +2,8 @@
 
 On held-out real steps of a finished run: the rarest rewards are the hundredth farthest from the median, the others the rest. The error of each group
 is relative: its root mean square over that of the group's distance from the median, so that 1 is no better than saying the median.
+The article's model sees (s, a) only and says the next observation by absolute error, one member of two layers. It keeps what the kit does for all
+models: normalised columns, and a head of its own for the rewards of endings.
 
     python ablations/reward_tail.py --seeds 0-9 --jobs 2
 

@@ -86,9 +86,7 @@ class Study:
     metric: str = "final_return_mean"  # what the tables and the picture show
     costs: tuple[str, ...] = ("fall",)  # numbers of which less is better
     measure: Callable[[Path], dict] | None = None  # further columns, from the folder of a finished run
-    also: Callable[[list[dict], Path, Console], None] | None = (
-        None  # what a page adds to the report: gets the rows, their folder, a console
-    )
+    also: Callable | None = None  # what a page adds to the report, from rows, folder and console
     script: str = "ppo_mbrl.py"  # what is run, below the kit's folder
     smoke: dict | None = None  # settings of a smoke run, where SMOKE's do not fit the script
     skip: Callable[[str, int], bool] = lambda arm, seed: False  # runs of the table that are left out
@@ -525,9 +523,9 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
         paths = [np.array([point.split(":") for point in row["curve"].split()], float) for row in mine if row["curve"]]
         for path_of_seed in paths:
             curves.plot(*path_of_seed.T, color=colour, linewidth=0.4, alpha=0.5)
-        steps = paths[0][:, 0] if paths else []
-        same = np.array([p[:, 1] for p in paths if len(p) == len(steps)])
-        if len(same):
+        if paths:  # all on the steps of the longest; a run that ended early keeps its last value
+            steps = max(paths, key=len)[:, 0]
+            same = np.array([np.interp(steps, *path_of_seed.T) for path_of_seed in paths])
             curves.plot(steps, stats.iqm(same, axis=0), color=colour, linewidth=2, label=arm)
             curves.fill_between(steps, *stats.bands(same), color=colour, alpha=0.15, linewidth=0)
         seeds.scatter(np.full(len(x), i) + np.linspace(-0.15, 0.15, len(x)), x, s=12, color=colour)
@@ -578,6 +576,8 @@ def run_study(study: Study):
         reuse: Annotated[bool, typer.Option("--reuse", help="Runs whose rows are in ablations/results/ count as finished.")] = False,
         compare: Annotated[bool, typer.Option("--check", help="Afterwards compare the runs with the rows in ablations/results/.")] = False,
     ):  # fmt: skip
+        if scheduler and backend != "dask":
+            raise UsageError("--scheduler goes with --backend dask.")
         chosen = parse_seeds(seeds)
         table = expand(study, chosen[:1] if smoke else chosen, script.resolve(), smoke)
         if index is not None and index >= len(table):
@@ -601,7 +601,8 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     if reuse:  # rows of other studies have the same runs under other names, but not what this one measures
         files = [RESULTS / f"{study.name}.csv"] if study.measure else RESULTS.glob("*.csv")
         committed = {(row["run"], row["seed"]): row for file in files for row in read_rows(file) if "run" in row}
-    old = {(job.arm, job.seed): committed[job.run, job.seed] | dict(arm=job.arm) for job in jobs if (job.run, job.seed) in committed}
+    foreign = [job for job in jobs if (job.run, job.seed) in committed and not status(job.folder)]
+    old = {(job.arm, job.seed): committed[job.run, job.seed] | dict(arm=job.arm) for job in foreign}
     todo = [job for job in jobs if (job.arm, job.seed) not in old]
     if dry_run:
         show_plan(study, table, jobs, old, console)
@@ -610,7 +611,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         record(path, list(old.values()))
         say(f"{len(old)} rows from ablations/results/")
 
-    stop, caught, missing = folder / f"stop-{os.getpid()}", [], []
+    stop, caught, missing = folder / f"stop-{os.urandom(4).hex()}", [], []  # no process number: each container may count from 1
     folder.mkdir(parents=True, exist_ok=True)
     stop.unlink(missing_ok=True)
 
@@ -622,7 +623,11 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     def ended(job: Job, how: str, words: str):
         board.ended += 1
         if how in ("finished", "diverged"):
-            row = describe(study, job)
+            try:
+                row = describe(study, job)
+            except Exception as error:  # a folder that was damaged, or copied in part, costs its own row and no other
+                how, words = "finished, but can't be read:", f"{type(error).__name__}, {error}".splitlines()[0]
+        if how in ("finished", "diverged"):
             record(path, [row])
             score = "-" if row["final_return_mean"] is None else f"{row['final_return_mean']:.0f}"
             live.console.print(f"{board.ended} of {board.total}: {job.arm}, seed {job.seed}: {score}, {row['outcome']}", highlight=False)
@@ -645,14 +650,16 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
             signal.signal(number, handler)
     if index is None:
         rows = read_rows(path)  # also those of other launchers and seeds, but none of an arm that was declared otherwise
-        now = {(job.arm, job.run, job.seed) for job in expand(study, [row["seed"] for row in rows], script, smoke)}
+        now = {(job.arm, job.run, job.seed) for job in expand(study, list(dict.fromkeys(row["seed"] for row in rows)), script, smoke)}
         rows = [row for row in rows if (row["arm"], row["run"], row["seed"]) in now]
         if older := sum(row["kit"] != kit for row in rows):
             say(f"{older} of {len(rows)} rows are of another version of the scripts. To make them anew, delete their run folders.")
         if rows:
             conclude(study, rows, missing, folder, console)
         if compare:
-            for thing in check(study, rows, read_rows(RESULTS / f"{study.name}.csv")):
+            asked = {(job.arm, job.seed) for job in todo}
+            mine = [row for row in rows if (row["arm"], row["seed"]) in asked]
+            for thing in check(study, mine, read_rows(RESULTS / f"{study.name}.csv")):
                 wide(console).print(thing)
     if caught:
         say("Stopped; the runs are saved. The same command goes on from there.")

@@ -1,16 +1,17 @@
 """Study: which of the twelve departures of the article's code made it fail?
 
 Its agent got stuck at a return of about 100 and collapsed without warning. Each departure from the textbook (the table in as_published.py) is mended
-alone in the published algorithm, and introduced alone into the textbook's. The two ends have ten seeds, all others five. No test ends a run early, so that
-all are 50 epochs long, about 600,000 real steps. `count` changes no number but the one it names: its arms repeat the two ends, a check on the batch.
+alone in the published algorithm, and introduced alone into the textbook's. The two ends and what the claim names have ten seeds, all others five. No test
+ends a run early, so that all are 50 epochs long, about 600,000 real steps. `count` changes no number but the one it names: its arms repeat the two ends.
 
 Share    what a departure does to the gap between the mean final score as published and 200: what mending it alone closes, what introducing it alone tears open.
-Fall     the largest loss of the data episodes' mean return from one epoch to the next.
-Verdict  A departure causes the local optimum if mending it alone raises the final score or introducing it alone lowers it, and the collapse if they
-         do so to the fall (Mann-Whitney's p < 0.05 after Holm's correction over both ways and all twelve). It is harmless if neither is so and both
-         shares are surely, with 95 %, between -1/4 and 1/4. Else the question is open and wants more seeds. It may help, too.
+Fall     how far the data episodes' mean return, smoothed over three epochs, fell from its maximum, once that was 100 above the first epoch's.
+Verdict  A departure keeps the score low (the local optimum) if mending it alone raises the final score or introducing it alone lowers it, and makes it
+         fall (the collapse) if they do so to the fall: Mann-Whitney's p < 0.05 after Holm's correction over both ways of all eleven, for score and
+         fall each. With five seeds only what is nearly always so can pass. It is harmless if neither is so and both shares are surely, with 95 %
+         (in truth 89 % with five seeds), between -1/4 and 1/4. Else the question is open and wants more seeds.
 
-    python ablations/what_broke_it.py --jobs 2              about 13 core-hours; rows and report in runs/studies/what_broke_it
+    python ablations/what_broke_it.py --jobs 2              about 12 core-hours; rows and report in runs/studies/what_broke_it
     python ablations/what_broke_it.py --seeds 10-14         five more seeds of every arm, as an open question wants; the report says so
 """
 
@@ -24,21 +25,22 @@ from as_published import DEPARTURES
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from run import More, Study, run_study, values
+from run import More, Study, fall, run_study, values
 
 from world_model import pyplot
 
 
-def largest_fall(run_dir: Path) -> dict:
-    """How far the mean return of the data episodes fell within one epoch, and what it was in the last five."""
+def data_returns(run_dir: Path) -> dict:
+    """How far the mean return of the data episodes fell, and what it was in the last five epochs."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    returns = np.array([row["data/return_mean"] for row in rows if "data/return_mean" in row])
-    return dict(fall=float((-np.diff(returns)).max(initial=0)), data_return=float(returns[-5:].mean()))
+    returns = [row["data/return_mean"] for row in rows if "data/return_mean" in row]
+    return dict(data_fall=fall(returns), data_return=float(np.mean(returns[-5:])))
 
 
 ENDS = dict(published=dict(departures="all"), textbook=dict(departures=""))
 FIXED = {f"fix {name}": dict(departures=",".join(other for other in DEPARTURES if other != name)) for name in DEPARTURES}
 BROKEN = {f"break {name}": dict(departures=name) for name in DEPARTURES}
+CLAIMED = [f"fix {name}" for name in ("ratio", "replay", "endings", "scale")]
 
 STUDY = Study(
     name="what_broke_it",
@@ -46,17 +48,17 @@ STUDY = Study(
     claim="With all of them mended the final score is higher and the falls are smaller; mending ratio, replay, endings or scale alone raises the score.",
     arms=ENDS | FIXED | BROKEN,
     shared=dict(test_return=1000.0),
-    tests=[
-        More("textbook", "published"),
-        More("published", "textbook", "fall"),
-        *(More(f"fix {name}", "published") for name in ("ratio", "replay", "endings", "scale")),
-    ],
-    minutes=5.5,
-    measure=largest_fall,
+    tests=[More("textbook", "published"), More("published", "textbook", "data_fall"), *(More(arm, "published") for arm in CLAIMED)],
+    costs=("fall", "data_fall"),
+    minutes=4.5,
+    measure=data_returns,
     script="ablations/as_published.py",
     smoke=dict(epochs=2, dream_steps=300, passes=4, wm_passes=2),
-    skip=lambda arm, seed: arm not in ENDS and 5 <= seed < 10,
+    skip=lambda arm, seed: 5 <= seed < 10 and arm not in (*ENDS, *CLAIMED),
 )
+
+
+WORSE = {STUDY.metric: -1, "data_fall": 1}  # what departures are blamed for, and whether less or more of it is worse
 
 
 def shares(rows: list[dict], name: str) -> list[tuple[float, float, float]]:
@@ -74,20 +76,19 @@ def shares(rows: list[dict], name: str) -> list[tuple[float, float, float]]:
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """One row a departure: both shares, p of score and fall for both ways, what it causes."""
-    found = [dict(departure=name, shares=shares(rows, name)) for name in DEPARTURES]
-    for what, worse in ((STUDY.metric, -1), ("fall", 1)):
-        ways = [(f"fix {name}", "published", -worse) for name in DEPARTURES] + [(f"break {name}", "textbook", worse) for name in DEPARTURES]
+    """One row a departure but `count`: both shares, p of score and fall for both ways, what it does."""
+    names = [name for name in DEPARTURES if name != "count"]
+    found = [dict(departure=name, shares=shares(rows, name)) for name in names]
+    for what, worse in WORSE.items():
+        ways = [(f"fix {name}", "published", -worse) for name in names] + [(f"break {name}", "textbook", worse) for name in names]
         tests = [stats.improvement(values(STUDY, rows, arm, what), values(STUDY, rows, end, what), reps=10) for arm, end, _ in ways]
         for i, (p, test, (_, _, sign)) in enumerate(zip(stats.holm([test[3] for test in tests]), tests, ways)):
             blamed = p < 0.05 and (test[0] - 0.5) * sign > 0
-            found[i % len(DEPARTURES)].setdefault(what, []).append((p, blamed))
+            found[i % len(names)].setdefault(what, []).append((p, blamed))
     for row in found:
-        causes = [
-            cause for what, cause in ((STUDY.metric, "local optimum"), ("fall", "collapse")) if any(blamed for _, blamed in row[what])
-        ]
+        does = [words for what, words in zip(WORSE, ("keeps the score low", "makes it fall")) if any(blamed for _, blamed in row[what])]
         harmless = all(-0.25 <= low and high <= 0.25 for _, low, high in row["shares"])
-        row["verdict"] = "causes the " + " and the ".join(causes) if causes else "harmless" if harmless else "open"
+        row["verdict"] = ", ".join(does) or ("harmless" if harmless else "open")
     return found
 
 
@@ -99,9 +100,7 @@ def tell(rows: list[dict], folder: Path, console: Console):
     table = Table("departure", "share closed", "share torn open", "p, score", "p, fall", "verdict", box=box.MARKDOWN)
     for row in found:
         both = (f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in row["shares"])
-        table.add_row(
-            row["departure"], *both, *(", ".join(f"{p:.3f}" for p, _ in row[what]) for what in (STUDY.metric, "fall")), row["verdict"]
-        )
+        table.add_row(row["departure"], *both, *(", ".join(f"{p:.3f}" for p, _ in row[what]) for what in WORSE), row["verdict"])
     with open(folder / "verdicts.md", "w") as file:
         for target in (console, Console(file=file, width=200)):
             target.print(table)

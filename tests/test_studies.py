@@ -252,6 +252,8 @@ def test_a_run_by_index_can_be_stopped_too(script, tmp_path):
 def test_bad_input_is_one_sentence(script, tmp_path):
     done = subprocess.run([*page(tmp_path), "--seeds", "0-1", "--index", "4"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "Error: --index 4 is too high: there are 4 runs, counted from 0.\n"
+    done = subprocess.run([*page(tmp_path), "--scheduler", "tcp://here:1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "Error: --scheduler goes with --backend dask.\n"
     with pytest.raises(UsageError, match="unknown setting 'wm_target'"):
         run.expand(study(dict(low=dict(wm_target="ode"))), [0], script)
     with pytest.raises(UsageError, match="is not a fork"):
@@ -278,6 +280,24 @@ def test_committed_rows_count_as_finished_where_that_is_asked_for(script, tmp_pa
     assert "made_up: reproduced" in capsys.readouterr().out
 
 
+def test_committed_rows_never_take_the_place_of_ones_own(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    batch(study(), script)
+    own = rows(study())
+    run.record(tmp_path / "results" / "made_up.csv", [row | dict(final_return_mean=-1.0) for row in own])
+    assert batch(study(), script, reuse=True) == 0 and rows(study()) == own
+
+
+def test_a_run_that_cannot_be_read_costs_its_own_row_and_no_other(script, capsys):
+    def measure(folder):
+        if folder.name == "seed_1":
+            raise UsageError("it lacks a checkpoint")
+        return dict(extra=1.0)
+
+    assert batch(study(measure=measure), script) == 1 and len(rows(study())) == 4
+    assert "high, seed 1: finished, but can't be read: UsageError, it lacks a checkpoint" in capsys.readouterr().out
+
+
 def test_rows_of_an_arm_that_was_declared_otherwise_are_left_out(script, capsys):
     for score in (300, 100):
         batch(study(dict(low={}, high=lambda seed: dict(hidden=score + seed))), script)
@@ -301,6 +321,12 @@ def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypa
     batch(study(), script, seeds="0-9", compare=True)
     high, low = sorted(line for line in capsys.readouterr().out.splitlines() if "no difference" in line or "differs" in line)
     assert high.startswith("| high") and "differs beyond chance" in high and low.startswith("| low") and "no difference found" in low
+    batch(study(), script, seeds="10-13", compare=True)  # only the seeds that were asked for
+    assert "| 4, 10 | 0 " in capsys.readouterr().out
+    batch(study(), script, seeds="4-9", compare=True, reuse=True)
+    os.rename("runs", "elsewhere")
+    batch(study(), script, seeds="0-9", compare=True, reuse=True)  # the reference is no witness for itself
+    assert capsys.readouterr().out.rstrip().endswith("three in ablations/results/.")
 
 
 def test_a_run_that_somebody_else_stops_is_resumed(script):
@@ -450,6 +476,9 @@ def test_exact_statistics_on_data_whose_answer_is_known():
     pairs = np.mean([(a > b) + (a == b) / 2 for a in x for b in y])
     assert stats.improvement(x, y)[0] == pytest.approx(pairs)
     assert stats.improvement(np.arange(3.0), np.arange(3.0) + 10)[::3] == pytest.approx((0, 2 / 20))
+    assert stats.improvement(np.arange(10.0), np.arange(12.0) - 20)[:3] == pytest.approx(
+        (1, 0.025**0.1, 1)
+    )  # Clopper and Pearson's, of ten pairs
 
 
 @pytest.mark.parametrize("studies", [100, pytest.param(2000, marks=pytest.mark.slow)])
@@ -467,3 +496,13 @@ def test_intervals_cover_and_verdicts_are_rarely_false(studies, capsys):
     with capsys.disabled():
         print(f"\n{studies} studies: 95 % intervals of the mean cover {covered / studies:.1%}, false verdicts in {false / studies:.1%}")
     assert covered / studies >= 0.85 and false / studies <= 0.06
+
+
+def test_a_curve_is_of_all_runs_also_where_some_ended_early_or_were_evaluated_elsewhere(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stats, "bands", lambda curves, *rest: seen.append(curves) or (curves.min(0), curves.max(0)))
+    whole = [row | dict(status="finished", real_steps=100) for row in finished(made_up(low=[1, 2, 3], high=[1, 1, 1]))]
+    curves = ["0:0 50:5 100:10", "0:0 100:20", "0:4 50:4"]
+    run.draw(study(), [row | dict(curve=curves[i % 3]) for i, row in enumerate(whole)], "reproduced", tmp_path / "picture.png")
+    (low, *_) = [curve for curve in seen if curve.shape == (3, 3)]
+    assert low.tolist() == [[0, 5, 10], [0, 10, 20], [4, 4, 4]] and (tmp_path / "picture.png").stat().st_size > 10_000
