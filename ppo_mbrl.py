@@ -96,6 +96,7 @@ class Settings(ModelSettings):
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
+    gather_hold: int = setting(60, "From half of --gather-limit on, actions drawn at random are held for up to so many steps: an episode that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -237,6 +238,10 @@ class Environments:
         for i in (terminated | truncated).nonzero()[0]:
             self.obs[i] = self.begin(i)
         return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
+
+    def ages(self) -> Tensor:
+        """(N): steps since each episode began."""
+        return torch.tensor([len(actions) for _, actions in self.past])
 
     def state_dict(self) -> dict:
         return dict(past=[list(past) for past in self.past], episode=self.episode.clone())
@@ -439,7 +444,7 @@ def train_simple(run: "Run"):
 
     while run.goes_on():  # line 2: while not done
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
-        rollout = gather(run, env, functools.partial(explore, agent, env, s), replay)
+        rollout = gather(run, env, Explorer(agent, env, s), replay)
         scale.update(rollout)
         schedule = Schedule.of(replay, s)
         early = not 0 < s.reset_from <= run.real_steps
@@ -565,11 +570,30 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
     return rollout
 
 
-def explore(agent: Agent, env: Environments, s: Settings, obs: Tensor) -> Tensor:
-    """(N, O) -> actions (N) in the real environment: greedy in most episodes, for some rewards, such as for lying still, come to no policy that draws."""
-    obs = obs.to(s.device)
-    greedy = (s.gather_greedy * env.episode).floor() > (s.gather_greedy * (env.episode - 1)).floor()
-    return torch.where(greedy, agent.greedy(obs).cpu(), agent.act(obs, s.gather_temperature).cpu())
+class Explorer:
+    """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
+
+    In old episodes random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a held one ends what
+    would go on for ever. It lives for one gathering, and so do its holds.
+    """
+
+    def __init__(self, agent: Agent, env: Environments, s: Settings):
+        self.agent, self.env, self.s = agent, env, s
+        self.held = self.left = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and for how many steps they are still held
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        """(N, O) -> actions (N)."""
+        s, episode, (N,) = self.s, self.env.episode, self.left.shape
+        greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
+        obs = obs.to(s.device)
+        actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
+        if not s.gather_hold:
+            return actions
+        old = self.env.ages() >= self.env.limit / 2
+        begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about half of the time
+        self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
+        self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)
+        return torch.where(old & (self.left > 0), self.held, actions)
 
 
 def train_mpc(run: "Run"):

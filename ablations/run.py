@@ -108,8 +108,8 @@ class Job(NamedTuple):
         return self.folder.parent.as_posix()
 
 
-# What most studies share: runs so short, and without resets, that what an ingredient does to one agent in one model is seen.
-SHORT = dict(mode="simple", total_steps=6_000, reset_from=0)
+# What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen.
+SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0)
 
 # A smoke run is over within a minute on one core.
 SMOKE = dict(

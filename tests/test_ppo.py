@@ -15,10 +15,10 @@ from ppo_mbrl import (
     PPO_INFO,
     Agent,
     Environments,
+    Explorer,
     ReturnScale,
     Settings,
     compute_gae,
-    explore,
     fates,
     outcome,
     pack,
@@ -405,18 +405,49 @@ def test_a_run_is_called_what_its_curve_shows(curve, final, expected):
 
 @pytest.mark.parametrize("share, greedy", [(0.0, [0, 0, 0, 0, 0]), (0.5, [0, 1, 0, 1, 0]), (0.75, [0, 1, 1, 1, 0]), (1.0, [1, 1, 1, 1, 1])])
 def test_so_many_real_episodes_are_greedy_and_no_others(share, greedy):
-    s = Settings(env_id="MountainCar-v0", gather_greedy=share, gather_limit=20)
+    s = Settings(env_id="MountainCar-v0", gather_greedy=share, gather_limit=20, gather_hold=0)
     env, agent = Environments(s.env_id, 50, 0, s.gather_limit), Agent(2, 3, 8)
+    explore = Explorer(agent, env, s)
     torch.manual_seed(0)
     for episode in range(5):
         same = []
         for _ in range(20):
             assert (env.episode == 1 + episode).all()
-            actions = explore(agent, env, s, env.obs)
+            actions = explore(env.obs)
             same.append(actions == agent.greedy(env.obs))
             env.step(actions)
         found = float(torch.stack(same).float().mean())
         assert found == 1 if greedy[episode] else 0.25 < found < 0.6  # of three actions
+
+
+def test_in_old_episodes_and_no_others_actions_are_held():
+    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=190, gather_hold=30)
+    env, agent = Environments(s.env_id, 60, 0, s.gather_limit), Agent(2, 3, 8)
+    agent.greedy = lambda obs: torch.full((len(obs),), -1)  # nobody else would
+    explore, rows = Explorer(agent, env, s), []
+    torch.manual_seed(0)
+    for step in range(380):
+        assert env.ages().tolist() == [step % 190] * 60
+        rows.append(explore(env.obs).numpy())
+        env.step(torch.zeros(60).long())
+    rows = np.array(rows).reshape(2, 190, 60)
+    young, old = rows[:, :95], rows[:, 95:].swapaxes(1, 2).reshape(-1, 95)
+    assert (young == -1).all() and set(np.unique(old)) == {-1, 0, 1, 2}
+    holds = [(key, len(list(group))) for row in old for key, group in itertools.groupby(row)]
+    longest = max(length for key, length in holds if key >= 0)
+    assert 0.5 < (old >= 0).mean() < 0.62 and 28 <= longest <= 90  # a hold may follow another of the same action at once
+    gaps = [length for row in old for key, group in itertools.groupby(row) if key == -1 for length in [len(list(group))]]
+    assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
+
+
+def test_a_gathering_takes_no_hold_along_and_without_a_limit_there_is_none():
+    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=0, gather_hold=5)
+    env, agent = Environments(s.env_id, 4, 0, s.gather_limit), Agent(2, 3, 8)
+    agent.greedy = lambda obs: torch.full((len(obs),), -1)
+    explore = Explorer(agent, env, s)
+    for _ in range(150):
+        assert (explore(env.obs) == -1).all()
+        env.step(torch.zeros(4).long())
 
 
 def test_episodes_are_left_at_the_limit_and_ended_ones_are_not_called_left():
