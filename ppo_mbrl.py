@@ -154,6 +154,11 @@ class Settings(ModelSettings):
             if 0 < getattr(self, name) < 1e-3:
                 raise UsageError(f"--{name.replace('_', '-')} must be 0 or at least 0.001, not {getattr(self, name)}.")
 
+    @property
+    def held_from(self) -> float:
+        """The age of a real episode from which on actions are held."""
+        return self.gather_limit / 2 if self.gather_limit and self.gather_hold else math.inf
+
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
         if self.run_dir:
@@ -490,7 +495,7 @@ class Schedule(NamedTuple):
     def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
         ago, well = replay.endings()
         ago, well = ago[-latest:], well[-latest:]
-        ended, good = replay.share_ended(steps), 0.0
+        ended, good = replay.share_ended(steps, s.held_from), 0.0  # by itself, not because actions were held
         if len(ago):
             good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
         sight = max(1 - ended, good)
@@ -587,9 +592,9 @@ class Explorer:
         greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
         obs = obs.to(s.device)
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
-        if not s.gather_hold:
+        if s.held_from == math.inf:
             return actions
-        old = self.env.ages() >= self.env.limit / 2
+        old = self.env.ages() >= s.held_from
         begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about half of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
         self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)

@@ -204,10 +204,10 @@ class Replay:
     def load_state_dict(self, state: dict):
         self.add(Rollout(**state))
 
-    def share_ended(self, latest: int) -> float:
-        """The share of the latest so many steps whose episode has ended, and was neither cut off nor goes on still."""
+    def share_ended(self, latest: int, within: float = math.inf) -> float:
+        """The share of the latest so many steps whose episode has ended, in its first `within` steps, and was neither cut off nor goes on still."""
         n = math.ceil(latest / self.age.shape[1])
-        terminated, over = self.steps.terminated[-n:], (self.steps.terminated | self.steps.truncated)[-n:]
+        terminated, over = (self.steps.terminated & (self.age < within))[-n:], (self.steps.terminated | self.steps.truncated)[-n:]
         time = torch.arange(len(over), device=over.device)[:, None]
         last = torch.where(over, time, len(over)).flip(0).cummin(0).values.flip(0)  # (n, N) step of its own episode
         ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step n, still to come, has not ended
