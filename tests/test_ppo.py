@@ -440,8 +440,9 @@ def test_in_old_episodes_and_no_others_actions_are_held():
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
 
 
-def test_a_gathering_takes_no_hold_along_and_without_a_limit_there_is_none():
-    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=0, gather_hold=5)
+@pytest.mark.parametrize("limit, hold", [(0, 5), (100, 0)])
+def test_without_a_limit_or_a_duration_no_action_is_held(limit, hold):
+    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=limit, gather_hold=hold)
     env, agent = Environments(s.env_id, 4, 0, s.gather_limit), Agent(2, 3, 8)
     agent.greedy = lambda obs: torch.full((len(obs),), -1)
     explore = Explorer(agent, env, s)

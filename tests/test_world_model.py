@@ -776,14 +776,21 @@ def test_each_fit_lowers_its_learning_rate_to_a_tenth():
 
 
 @settings(max_examples=50)
-@given(st.lists(st.sampled_from(["goes on", "ends", "is cut"]), min_size=2, max_size=60), st.integers(1, 40))
-def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_them(fates, latest):
+@given(
+    st.lists(st.sampled_from(["goes on", "ends", "is cut"]), min_size=2, max_size=60), st.integers(1, 40), st.sampled_from([1, 3, math.inf])
+)
+def test_the_share_of_the_latest_steps_whose_episode_ended_is_that_of_counting_them(fates, latest, within):
     terminated, truncated = (torch.tensor([[fate == name] for fate in fates]) for name in ("ends", "is cut"))
     replay, zeros = Replay(1, 2, 10), torch.zeros(len(fates), 1)
     replay.add(Rollout(torch.zeros(len(fates), 1, 2), zeros.long(), zeros, torch.zeros(len(fates), 1, 2), terminated, truncated))
-    ways = [next((fate for fate in fates[t:] if fate != "goes on"), "goes on") for t in range(len(fates))]
-    counted = [way == "ends" for way in ways][-latest:]
-    assert replay.share_ended(latest) == pytest.approx(sum(counted) / len(counted))
+    counted, episode = [], []
+    for fate in fates:  # an episode's steps count once it has ended, if it took no more than `within` of them
+        episode.append(False)
+        if fate != "goes on":
+            counted += [fate == "ends" and len(episode) <= within] * len(episode)
+            episode = []
+    counted = (counted + episode)[-latest:]
+    assert replay.share_ended(latest, within) == pytest.approx(sum(counted) / len(counted))
 
 
 def test_rewards_of_late_are_compared_with_those_of_as_many_steps_before():
