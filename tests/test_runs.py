@@ -300,9 +300,17 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
 
 
 @pytest.mark.parametrize(
-    "safe, reset_from, times", [(False, 100, [120, 150]), (False, 90, [90, 150]), (False, 60, [90, 120]), (True, 100, []), (False, 0, [])]
+    "good, safe, reset_from, times",
+    [
+        (0.0, False, 100, [120, 150]),
+        (0.3, False, 90, [90, 150]),
+        (0.0, False, 60, [90, 120]),
+        (0.4, False, 100, []),
+        (0.0, True, 100, []),  # nothing ends any more, and what did was good
+        (0.0, False, 0, []),
+    ],
 )
-def test_model_and_agent_begin_anew_as_the_data_grows_until_all_endings_are_good(safe, reset_from, times, tmp_path, monkeypatch):
+def test_model_and_agent_begin_anew_as_the_data_grows_until_endings_are_good(good, safe, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     did = []
 
@@ -310,7 +318,7 @@ def test_model_and_agent_begin_anew_as_the_data_grows_until_all_endings_are_good
         original = getattr(ppo_mbrl, name)
         monkeypatch.setattr(ppo_mbrl, name, lambda *given, **more: did.append(what(*given)) or original(*given, **more))
 
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, safe, False))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(good, 1.0, 0.9, 0.9, 0.0, safe, False))
     told("gather", lambda run, *_: run.real_steps + 30)
     told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
     told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
