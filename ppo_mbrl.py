@@ -118,7 +118,7 @@ class Settings(ModelSettings):
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest 1,000 real steps whose episode ended, or of good ones among ten endings; else in full.", panel="Dreams")
     renew_growth: float = setting(0.5, "As long as none of the latest ten endings was good, or none has come for 2,000 real steps, and most episodes do not end, or pay no more than before, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on, whenever the data has grown by --renew-growth, model and agent begin anew and learn for longer, stuck or not, unless a third of the latest ten endings were good; 0: never.", 0, 10**9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on, whenever the data has grown by --renew-growth, model and agent begin anew and learn for longer, stuck or not, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much; 0: never.", 0, 10**9, "Dreams")
     reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
@@ -454,7 +454,8 @@ def train_simple(run: "Run"):
         schedule = Schedule.of(replay, s)
         early = not 0 < s.reset_from <= run.real_steps
         stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
-        reset = schedule.good < 1 / 3 and not schedule.safe and run.grown(s.renew_growth, s.reset_from)  # both do
+        enough = 1 - 2 / 3 * s.reset_from / run.real_steps  # a third at first; the more data, the better would a new agent be
+        reset = schedule.good < enough and not schedule.safe and run.grown(s.renew_growth, s.reset_from)  # both do
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))

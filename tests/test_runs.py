@@ -305,7 +305,9 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
         (0.0, False, 100, [120, 150]),
         (0.3, False, 90, [90, 150]),
         (0.0, False, 60, [90, 120]),
-        (0.4, False, 100, []),
+        (0.4, False, 100, [120, 150]),  # less than 1 - 2/3 100/120 = 0.44
+        (0.5, False, 100, [150]),  # less than 0.56
+        (0.6, False, 100, []),
         (0.0, True, 100, []),  # nothing ends any more, and what did was good
         (0.0, False, 0, []),
     ],
