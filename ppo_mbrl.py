@@ -116,9 +116,9 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest 1,000 real steps whose episode ended, or of good ones among ten endings; else in full.", panel="Dreams")
-    renew_growth: float = setting(0.5, "As long as none of the latest ten endings was good, or none has come for 2,000 real steps, and most episodes do not end, or pay no more than before, the agent begins anew whenever the data has grown by this share; 0: never.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on, whenever the data has grown by --renew-growth, model and agent begin anew and learn for longer, stuck or not, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much; 0: never.", 0, 10**9, "Dreams")
+    caution: bool = setting(True, "Dreams charge the negative reward of an ending by the share of the latest 1,000 real steps whose episode ended before actions were held, or of good ones among ten endings; else in full.", panel="Dreams")
+    renew_growth: float = setting(0.5, "Up to --reset-from: as long as none of the latest ten endings was good, or none has come for 2,000 real steps, and most episodes do not end, or pay no more than before, the agent begins anew whenever the data has grown by this share; 0: nothing ever begins anew.", 0, 1e9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on, whenever the data has grown by --renew-growth, model and agent begin anew and learn for longer, stuck or not, unless enough of the latest ten endings were good and recent (a third at first, 80 % when the data is 3.3 times as much), or all were, or nothing ever ended and the reward grows; 0: never.", 0, 10**9, "Dreams")
     reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
@@ -755,7 +755,7 @@ class Run:
 
     def grown(self, share: float, since: float) -> bool:
         """Whether in this iteration the data has come to `since` real steps, or grown from there, once more, by this share; never if either is 0,
-        nor in the first iteration or the last: who begins anew at the end would never act."""
+        nor in the first iteration or the last: who begins anew at the end would never act (so a run that is made longer misses what fell on its end)."""
         times = lambda steps: int(math.log(steps / since, 1 + share)) if steps >= since else -1  # noqa: E731
         between = self.iteration > 0 and self.goes_on()
         return share > 0 and since > 0 and between and times(self.real_steps) > times(self.saved["real_steps"])

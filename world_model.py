@@ -189,8 +189,9 @@ class Replay:
 
     @property
     def unseen(self) -> Tensor:
-        """(T, N): the recent steps that no model was fitted to; all False while there are none."""
-        return self.held_out & self.recent
+        """(T, N): the steps that no model was fitted to, the recent ones where there are any; all False while no episode is held out."""
+        unseen = self.held_out & self.recent
+        return unseen if unseen.any() else self.held_out
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
@@ -709,7 +710,7 @@ def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, imagined: boo
 
 
 def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
-    """Sets the ending's calibration and the typical uncertainty, both on held-out real steps.
+    """Sets the ending's calibration and the typical uncertainty, both on recent held-out real steps, or on all recent ones while none is held out.
 
     Slope and shift of the logit (Platt, 1999) minimise the Brier score, with a prior towards no change. Under the log score a single ending
     that the model held impossible would flatten the slope until dreams die everywhere; the Brier score is proper too, but bounded.

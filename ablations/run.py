@@ -413,7 +413,7 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
                 number = f"{x.mean():.0%} and {y.mean():.0%}"
             elif size >= 3:
                 better, low, high, p = stats.improvement(x, y)
-                right, number = better > 0.5, f"probability {better:.2f} ({low:.2f} to {high:.2f})"
+                right, number = better > 0.5, f"probability {spoken((better, low, high), '.2f')}"
         found.append(
             dict(test=text, found=number, p=p, right=right)
             if size >= 3
@@ -524,7 +524,7 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
         for path_of_seed in paths:
             curves.plot(*path_of_seed.T, color=colour, linewidth=0.4, alpha=0.5)
         if paths:  # all on the steps of the longest; a run that ended early keeps its last value
-            steps = max(paths, key=len)[:, 0]
+            steps = max(paths, key=lambda p: p[-1, 0])[:, 0]
             same = np.array([np.interp(steps, *path_of_seed.T) for path_of_seed in paths])
             curves.plot(steps, stats.iqm(same, axis=0), color=colour, linewidth=2, label=arm)
             curves.fill_between(steps, *stats.bands(same), color=colour, alpha=0.15, linewidth=0)
@@ -600,7 +600,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     committed = {}
     if reuse:  # rows of other studies have the same runs under other names, but not what this one measures
         files = [RESULTS / f"{study.name}.csv"] if study.measure else RESULTS.glob("*.csv")
-        committed = {(row["run"], row["seed"]): row for file in files for row in read_rows(file) if "run" in row}
+        committed = {(row["run"], row["seed"]): row for file in (*files, path) for row in read_rows(file) if "run" in row}  # one's own win
     foreign = [job for job in jobs if (job.run, job.seed) in committed and not status(job.folder)]
     old = {(job.arm, job.seed): committed[job.run, job.seed] | dict(arm=job.arm) for job in foreign}
     todo = [job for job in jobs if (job.arm, job.seed) not in old]
@@ -613,7 +613,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
 
     stop, caught, missing = folder / f"stop-{os.urandom(4).hex()}", [], []  # no process number: each container may count from 1
     folder.mkdir(parents=True, exist_ok=True)
-    stop.unlink(missing_ok=True)
+    fresh = set()  # what this call has seen finished
 
     def on_signal(number, frame):  # workers see the file and ask their runs to save and leave
         caught.append(number)
@@ -625,10 +625,16 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         if how in ("finished", "diverged"):
             try:
                 row = describe(study, job)
-            except Exception as error:  # a folder that was damaged, or copied in part, costs its own row and no other
+            except (
+                OSError,
+                ValueError,
+                LookupError,
+                UsageError,
+            ) as error:  # a folder that was damaged, or copied in part, costs its own row and no other
                 how, words = "finished, but can't be read:", f"{type(error).__name__}, {error}".splitlines()[0]
         if how in ("finished", "diverged"):
             record(path, [row])
+            fresh.add((job.arm, job.seed))
             score = "-" if row["final_return_mean"] is None else f"{row['final_return_mean']:.0f}"
             live.console.print(f"{board.ended} of {board.total}: {job.arm}, seed {job.seed}: {score}, {row['outcome']}", highlight=False)
         else:
@@ -657,8 +663,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         if rows:
             conclude(study, rows, missing, folder, console)
         if compare:
-            asked = {(job.arm, job.seed) for job in todo}
-            mine = [row for row in rows if (row["arm"], row["seed"]) in asked]
+            mine = [row for row in rows if (row["arm"], row["seed"]) in fresh]
             for thing in check(study, mine, read_rows(RESULTS / f"{study.name}.csv")):
                 wide(console).print(thing)
     if caught:

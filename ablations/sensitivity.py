@@ -1,7 +1,7 @@
 """Study: are results in dreams more sensitive to seed and settings than those of model-free PPO? The article's complaint.
 
 Both methods run at their full length, so that each has come to where it stays. Two arms of ten seeds change nothing but the seed; in the two others each
-of twenty seeds also draws the five settings that both methods have, uniformly on a logarithmic scale, from a box of a factor of two either way around
+of twenty seeds also draws five settings that both methods have, uniformly on a logarithmic scale, from a box of a factor of two either way around
 their defaults: what these show is sensitivity to seed and settings together.
 
     python ablations/sensitivity.py --seeds 0-19 --jobs 2

@@ -62,11 +62,11 @@ def improvement_of(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 def improvement(x: np.ndarray, y: np.ndarray, reps: int = 5000) -> tuple[float, float, float, float]:
     """Probability of improvement of x over y, low, high, and p of Mann and Whitney's two-sided test.
 
-    Where one is always higher, resampling knows no doubt; the interval is then the exact one of as many independent pairs as there are.
+    Where one is always higher, resampling knows no doubt, and there is no interval (NaN).
     """
     p = 1.0 if np.ptp(np.concatenate([x, y])) == 0 else float(mannwhitneyu(x, y).pvalue)
-    share, pairs = float(improvement_of(x, y)), min(len(x), len(y))
-    return share, *(rate(round(share * pairs), pairs)[1:] if share in (0, 1) else interval(improvement_of, x, y, reps=reps)), p
+    share = float(improvement_of(x, y))
+    return share, *((np.nan, np.nan) if share in (0, 1) else interval(improvement_of, x, y, reps=reps)), p
 
 
 def fisher(hits: int, runs: int, other_hits: int, other_runs: int) -> float:

@@ -25,7 +25,7 @@ from as_published import DEPARTURES
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from run import More, Study, fall, run_study, values
+from run import More, Study, fall, provisional, run_study, values
 
 from world_model import pyplot
 
@@ -103,7 +103,7 @@ def tell(rows: list[dict], folder: Path, console: Console):
         table.add_row(row["departure"], *both, *(", ".join(f"{p:.3f}" for p, _ in row[what]) for what in WORSE), row["verdict"])
     with open(folder / "verdicts.md", "w") as file:
         for target in (console, Console(file=file, width=200)):
-            target.print(table)
+            target.print(table, f"Verdicts of {len(rows)} runs{provisional(STUDY, rows)}")
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
@@ -118,6 +118,7 @@ def tell(rows: list[dict], folder: Path, console: Console):
     )
     axis.invert_yaxis()
     axis.legend()
+    figure.suptitle(f"{len(rows)} runs{provisional(STUDY, rows)}", fontsize=8)
     figure.savefig(folder / "verdicts.png", dpi=110)
     plt.close(figure)
 

@@ -494,6 +494,13 @@ def test_the_study_finds_who_did_it_in_made_up_runs(tmp_path):
     assert (tmp_path / "verdicts.md").read_text().count("harmless") == 8 and (tmp_path / "verdicts.png").stat().st_size > 10_000
 
 
+def test_the_study_measures_how_far_the_data_episodes_fell(tmp_path):
+    returns = [-200, -100, 0, 90, 90, 90, 30, -30, -60]  # three at a time: -100, ..., 90, 70, 30, -20
+    rows = [dict(real_steps=i, **{"data/return_mean": x}) for i, x in enumerate(returns)] + [dict(real_steps=9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert what_broke_it.data_returns(tmp_path) == pytest.approx(dict(data_fall=110, data_return=24))
+
+
 def test_the_study_has_26_arms_of_five_seeds_and_ten_of_its_ends_and_of_what_it_claims():
     jobs = runner.expand(what_broke_it.STUDY, list(range(10)), as_published_script())
     seeds = {arm: sorted(job.seed for job in jobs if job.arm == arm) for arm in what_broke_it.STUDY.arms}

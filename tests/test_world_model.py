@@ -725,7 +725,8 @@ def test_what_is_too_old_does_not_count_where_a_model_is_judged():
         replay = filled(Rollout(*map(torch.cat, zip(before, present))), holdout=3, newest=newest)
         model = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4))
         calibrate(model, replay)
-        found.append([*measure(model, replay, 5).values(), *model.typical.tolist(), *model.calibration.tolist()])
+        horizons = [trusted_horizon(model, replay, limit, 30) for limit in (1.5, 2, 3, 4)]
+        found.append([*measure(model, replay, 5).values(), *model.typical.tolist(), *model.calibration.tolist(), *horizons])
     assert found[0] == pytest.approx(found[1]) and found[1][0] != pytest.approx(found[2][0], rel=0.1)
 
 
