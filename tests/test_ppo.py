@@ -436,7 +436,7 @@ def test_in_old_episodes_and_no_others_actions_are_held():
     holds = [(key, len(list(group))) for row in old for key, group in itertools.groupby(row)]
     longest = max(length for key, length in holds if key >= 0)
     assert 0.5 < (old >= 0).mean() < 0.62 and 28 <= longest <= 90  # a hold may follow another of the same action at once
-    gaps = [length for row in old for key, group in itertools.groupby(row) if key == -1 for length in [len(list(group))]]
+    gaps = [length for key, length in holds if key == -1]
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
 
 
