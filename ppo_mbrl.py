@@ -454,8 +454,7 @@ def train_simple(run: "Run"):
         schedule = Schedule.of(replay, s)
         early = not 0 < s.reset_from <= run.real_steps
         stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
-        enough = 1 - 2 / 3 * s.reset_from / run.real_steps  # a third at first; the more data, the better would a new agent be
-        reset = schedule.good < enough and not schedule.safe and run.grown(s.renew_growth, s.reset_from)  # both do
+        reset = schedule.outgrown(run.real_steps, s.reset_from) and run.grown(s.renew_growth, s.reset_from)  # model and agent do
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
@@ -511,6 +510,11 @@ class Schedule(NamedTuple):
             safe=safe,
             stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
         )
+
+    def outgrown(self, steps: int, since: int) -> bool:
+        """Whether what was learned from fewer data than these `steps` is worth less than a new beginning: too few endings are good. A third is enough
+        at `since` steps; the more data, the more it takes, for the better would a new agent be."""
+        return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 
 def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):

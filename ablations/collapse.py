@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from local_optimum import ARMS, skip
-from run import SHORT, More, Often, Study, run_study
+from run import SHORT, More, Often, Study, descent, run_study
 
 
 def model_collapse(run_dir: Path) -> dict:
@@ -21,9 +21,7 @@ def model_collapse(run_dir: Path) -> dict:
     steps, scores = np.array([(row["real_steps"], row["eval/return_mean"]) for row in rows if "eval/return_mean" in row]).T
     if len(scores) < 3:
         return dict(fell=False, model_collapsed=False)
-    smooth = np.convolve(scores, np.ones(3) / 3, "valid")
-    highest = np.maximum.accumulate(smooth)
-    depth = (highest - smooth) * (highest >= scores[0] + 100)
+    smooth, depth = descent(scores)
     low = int(depth.argmax())
     high = int(smooth[: low + 1].argmax())
 

@@ -328,11 +328,16 @@ def describe(study: Study, job: Job) -> dict:
     return {name: round(float(x), 4) if isinstance(x, (float, np.floating)) else x for name, x in row.items()}
 
 
-def fall(scores: list[float]) -> float:
-    """How far evaluations, smoothed over three, fell from their running maximum, once that is 100 above the first evaluation."""
+def descent(scores) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluations, smoothed over three, and how far each lies below the maximum so far, once that is 100 above the first evaluation; (K) each."""
     smooth = np.convolve(scores, np.ones(3) / 3, "valid") if len(scores) >= 3 else np.array(scores)
     highest = np.maximum.accumulate(smooth)
-    return float(((highest - smooth) * (highest >= scores[0] + 100)).max())
+    return smooth, (highest - smooth) * (highest >= scores[0] + 100)
+
+
+def fall(scores) -> float:
+    """How far evaluations fell at most."""
+    return float(descent(scores)[1].max())
 
 
 def kit_version(script: Path) -> str:
@@ -625,21 +630,17 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         if how in ("finished", "diverged"):
             try:
                 row = describe(study, job)
-            except (
-                OSError,
-                ValueError,
-                LookupError,
-                UsageError,
-            ) as error:  # a folder that was damaged, or copied in part, costs its own row and no other
+            except (OSError, ValueError, LookupError, UsageError) as error:
+                # a folder that was damaged, or copied in part, costs its own row and no other
                 how, words = "finished, but can't be read:", f"{type(error).__name__}, {error}".splitlines()[0]
-        if how in ("finished", "diverged"):
-            record(path, [row])
-            fresh.add((job.arm, job.seed))
-            score = "-" if row["final_return_mean"] is None else f"{row['final_return_mean']:.0f}"
-            live.console.print(f"{board.ended} of {board.total}: {job.arm}, seed {job.seed}: {score}, {row['outcome']}", highlight=False)
-        else:
-            missing.append(f"{job.arm}, seed {job.seed}: {how} {words}".strip())
-            live.console.print(missing[-1], highlight=False, markup=False, soft_wrap=True)
+            else:
+                record(path, [row])
+                fresh.add((job.arm, job.seed))
+                score = "-" if row["final_return_mean"] is None else f"{row['final_return_mean']:.0f}"
+                sentence = f"{board.ended} of {board.total}: {job.arm}, seed {job.seed}: {score}, {row['outcome']}"
+                return live.console.print(sentence, highlight=False)
+        missing.append(f"{job.arm}, seed {job.seed}: {how} {words}".strip())
+        live.console.print(missing[-1], highlight=False, markup=False, soft_wrap=True)
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     board = Board(todo, len(old), workers)
