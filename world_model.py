@@ -57,7 +57,7 @@ class ModelSettings:
     wm_memory_size: int = setting(32, "Units of the GRU.", 1, 10_000)
     wm_memory_window: int = setting(16, "Steps a GRU is unrolled for in training and before a dream.", 2, 1000)
     wm_heads: Literal["sa", "sas"] = setting("sas", "Reward and ending are predicted from (obs, action), or from (obs, action, next_obs) with a potential.")
-    wm_ending: Literal["member", "mean", "agree"] = setting("mean", "Who decides that a dream ends: its own member, the mean of all members' logits, or the least convinced one (optimism).")
+    wm_ending: Literal["member", "mean", "agree"] = setting("member", "Who decides that a dream ends: its own member, the mean of all members' logits, or the least convinced one (optimism).")
     wm_binary: bool = setting(True, "Give observation columns that only ever hold 0 and 1 a Bernoulli head.")
     wm_autoencoder: float = setting(1.0, "Weight of the denoising autoencoder's error in the uncertainty; needs --uncertainty autoencoder or both.", 0, 1e6)
     wm_autoencoder_window: int = setting(4, "Steps of (obs, action) the autoencoder sees at once.", 1, 1000)
@@ -500,7 +500,10 @@ class WorldModel(nn.Module):
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
         self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
         self.see = (lambda change: change) if sees_next else (lambda change: change[..., :0])
-        self.verdict = dict(member=lambda x, own: own(x), mean=lambda x, own: x.mean(0), agree=lambda x, own: x.min(0).values)[s.wm_ending]
+        verdicts = dict(
+            member=lambda own, every: own, mean=lambda own, every: every().mean(0), agree=lambda own, every: every().min(0).values
+        )
+        self.verdict = verdicts[s.wm_ending]
         self.find_binary = s.wm_binary
 
         self.obs_scale, self.change_scale = Normaliser(obs_dim), Normaliser(obs_dim)
@@ -642,20 +645,32 @@ class WorldModel(nn.Module):
         """Calibrated probability that an episode ends."""
         return torch.sigmoid(self.calibration[0] * logit + self.calibration[1])
 
+    def own(self, x: Tensor) -> Tensor:
+        """(E, B, ...) -> (B, ...): what the member that each dream belongs to says of it."""
+        dream = torch.arange(x.shape[1], device=x.device)
+        return x[dream % self.members, dream]
+
+    def by_member(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (E, ceil(B / E), ...): for each member the dreams that belong to it; those that are one short see the last dream again."""
+        rows = -(-len(x) // self.members)
+        return x[torch.arange(rows * self.members, device=x.device).clamp(max=len(x) - 1).view(rows, self.members).T]
+
     @torch.inference_mode()
-    def imagine(self, obs: Tensor, action: Tensor, hidden: Tensor, member: Tensor) -> Imagined:
-        """One step of B dreams, each in the `member` (B) it belongs to, from obs (B, O) and hidden (E, B, H) under action (B)."""
+    def imagine(self, obs: Tensor, action: Tensor, hidden: Tensor) -> Imagined:
+        """One step of B dreams from obs (B, O) and hidden (E, B, H) under action (B). Dream i belongs to member i mod E.
 
-        def own(x):  # (E, B, ...) -> (B, ...)
-            return x[member, dream]
-
+        All members say where it leads, for what they disagree on is uncertain; what comes of it, the own one alone, unless all decide on endings.
+        """
         x = self.features(obs, action)
-        dream, all_x, all_obs = torch.arange(len(obs), device=obs.device), self.everyone(x), self.everyone(obs)
+        all_x, all_obs = self.everyone(x), self.everyone(obs)
         expected = self.transition(all_x, all_obs, hidden)
-        next_obs = self.draw(Transition(*map(own, expected)))
-        outcome = self.outcome(all_x, self.everyone(next_obs - obs), hidden)
-        terminated = torch.rand(len(obs), device=obs.device) < self.ending(self.verdict(outcome.ending, own))
-        reward, last_reward = self.rewards(Outcome(*map(own, outcome)))
+        next_obs = self.draw(Transition(*map(self.own, expected)))
+        change = next_obs - obs
+        outcome = self.outcome(*map(self.by_member, (x, change, self.own(hidden))))
+        outcome = Outcome(*(y.T.flatten()[: len(obs)] for y in outcome))  # (E, B / E) -> (B)
+        logit = self.verdict(outcome.ending, lambda: self.outcome(all_x, self.everyone(change), hidden).ending)
+        terminated = torch.rand(len(obs), device=obs.device) < self.ending(logit)
+        reward, last_reward = self.rewards(outcome)
         reward = torch.where(terminated, last_reward, reward)
         return Imagined(x, next_obs, reward, terminated, self.memory(all_x, hidden), self.disagreement(expected))
 
@@ -718,7 +733,7 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
     where = replay.unseen if replay.unseen.any() else replay.recent
     step, _, outcome, disagreement, unusual = judge(model, replay, *spread(where.nonzero(), limit))
     model.typical.copy_(torch.stack([quantiles(disagreement, 0.998)[0], quantiles(unusual, 0.998)[0]]).clamp(min=1e-6))
-    logit = model.verdict(outcome.ending, lambda x: x)  # (B), or (E, B) where each member decides for itself
+    logit = model.verdict(outcome.ending, lambda: outcome.ending)  # (B), or (E, B) where each member decides for itself
     free = torch.zeros(2, device=logit.device, requires_grad=True)  # log slope, shift
     lbfgs = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -757,12 +772,11 @@ class Dream:
         self.weights = torch.tensor([float(ensemble), s.wm_autoencoder * autoencoder], device=device)
         self.limit = s.uncertainty_limit if s.uncertainty_use == "end" else math.inf
         self.penalty = s.uncertainty_penalty if s.uncertainty_use == "penalise" else 0.0
-        self.member = torch.arange(num_envs, device=device) % model.members
         self.reset()
 
     def starts(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Real states to dream from, with their past: obs (B, O), hidden (E, B, H), history (B, W - 1, F)."""
-        kind = torch.rand(number, device=self.member.device)
+        kind = torch.rand(number, device=self.known.device)
         beginning, rare, anywhere = (torch.stack(sample(where, (number,))) for where in self.places)
         t, n = torch.where(kind < self.beginnings, beginning, torch.where(kind < self.beginnings + self.rare, rare, anywhere))
         window, valid = self.replay.window(t, n, self.model.context, 1)
@@ -773,15 +787,15 @@ class Dream:
         """New dreams everywhere, and a pool of further starts for those that will end."""
         self.pool = self.starts(3 * self.num_envs)
         self.obs, self.hidden, self.history = self.pool[0][: self.num_envs], self.pool[1][:, : self.num_envs], self.pool[2][: self.num_envs]
-        self.age = torch.zeros(self.num_envs, device=self.member.device)
-        self.disagreement, self.steps = torch.zeros((), device=self.member.device), 0  # mean disagreement over all steps since the reset
+        self.age = torch.zeros(self.num_envs, device=self.known.device)
+        self.disagreement, self.steps = torch.zeros((), device=self.known.device), 0  # mean disagreement over all steps since the reset
         return self.obs
 
     @torch.inference_mode()
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N); `obs` moves on to a new start where a dream is over."""
         m = self.model
-        x, next_obs, reward, terminated, hidden, disagreement = m.imagine(self.obs, actions, self.hidden, self.member)
+        x, next_obs, reward, terminated, hidden, disagreement = m.imagine(self.obs, actions, self.hidden)
         window = torch.cat([self.history, x[:, None]], 1)
         uncertainty = (torch.stack([disagreement, m.autoencoder.error(window)], -1) / m.typical * self.weights).amax(-1)
         reward = reward - self.penalty * m.reward_scale.std * uncertainty
@@ -889,7 +903,7 @@ def expected_rewards(model: WorldModel, replay: Replay, where: Tensor, limit: in
     The heads are shown the next observation that each member expects, as in a dream, and not the real one.
     """
     step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), limit), imagined=True)
-    (reward, last_reward), ends = model.rewards(outcome), model.ending(model.verdict(outcome.ending, lambda x: x))
+    (reward, last_reward), ends = model.rewards(outcome), model.ending(model.verdict(outcome.ending, lambda: outcome.ending))
     return step.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
 
 
@@ -908,7 +922,7 @@ def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
                 steps=int(inside.sum()), rmse=float((real - expected)[inside].square().mean().sqrt())
             )
     step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), 10_000))
-    ends = model.ending(model.verdict(outcome.ending, lambda x: x)).view(-1, len(step.rewards)).mean(0)
+    ends = model.ending(model.verdict(outcome.ending, lambda: outcome.ending)).view(-1, len(step.rewards)).mean(0)
     counts, errors, edges_x, edges_y = place_map(model, replay, bins=6)
     places = [
         dict(

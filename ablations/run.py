@@ -109,7 +109,7 @@ class Job(NamedTuple):
 
 
 # What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen.
-SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0)
+SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean")
 
 # A smoke run is over within a minute on one core.
 SMOKE = dict(

@@ -586,6 +586,30 @@ def test_an_ensemble_of_one_agrees_with_itself():
     assert crowd.step(torch.zeros(200, dtype=torch.long))[3].all() and crowd.disagreement > 0
 
 
+@pytest.mark.parametrize("memory", ["none", "gru"])
+@pytest.mark.parametrize("ending", ["member", "mean", "agree"])
+def test_what_comes_of_a_step_the_own_member_says_and_who_ends_it_those_who_are_asked(ending, memory):
+    s = ModelSettings(wm_ending=ending, wm_memory=memory, wm_ensemble=3, wm_hidden=8, wm_likelihood="squared", wm_binary=False)
+    torch.manual_seed(1)
+    model = WorldModel(4, 2, s)
+    model.adapt(filled(random_rollout(300, 1, 4, seed=2, p=0.05)))
+    obs, action, hidden = torch.randn(20, 4), torch.randint(2, (20,)), torch.randn(3, 20, model.memory.size)
+    next_obs, rewards, logits = [], [], []
+    for i in range(20):  # each dream alone, before all members
+        x, here = model.features(obs[i], action[i]).expand(3, 1, -1), obs[i].expand(3, 1, -1)
+        next_obs.append(model.transition(x, here, hidden[:, i : i + 1]).mean[i % 3, 0].clamp(model.obs_low, model.obs_high))
+        outcome = model.outcome(x, next_obs[-1] - here, hidden[:, i : i + 1])
+        rewards.append(torch.stack(model.rewards(outcome))[:, i % 3, 0])
+        every = [x.item() for x in outcome.ending]
+        logits.append(dict(member=every[i % 3], mean=sum(every) / 3, agree=min(every))[ending])
+    ends = np.array(logits) > np.median(logits)
+    model.calibration.copy_(1e9 * torch.tensor([1, -np.median(logits)]))  # an ending is sure, one way or the other
+    found = model.imagine(obs, action, hidden)  # two members have seven of the dreams, the third has six
+    assert found.terminated.tolist() == ends.tolist() and ends.sum() == 10
+    np.testing.assert_allclose(found.next_obs, torch.stack(next_obs).detach(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.reward, torch.stack(rewards).detach()[range(20), ends.astype(int)], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_dreams_are_cut_at_the_horizon_and_new_ones_begin_at_real_states(k):
     _, replay, dream = quarrelsome("end", "none", horizon=k)
@@ -606,7 +630,7 @@ def test_realigned_dreams_move_to_the_nearest_real_observation_and_go_on(k):
     for step in range(1, 3 * k + 1):
         x, action = dream.obs, torch.ones(200, dtype=torch.long)
         torch.manual_seed(step)
-        imagined = model.imagine(x, action, dream.hidden, dream.member).next_obs.numpy()
+        imagined = model.imagine(x, action, dream.hidden).next_obs.numpy()
         torch.manual_seed(step)
         _, next_obs, _, truncated = dream.step(action)
         assert not truncated.any() and torch.equal(dream.obs, next_obs)
