@@ -516,16 +516,21 @@ def check(study: Study, rows: list[dict], reference: list[dict]) -> list:
 
 
 def draw(study: Study, rows: list[dict], verdict: str, path: Path):
-    """Curves over real steps, scores of each seed, rates of outcomes, performance profiles."""
+    """Curves over real steps, scores of each seed, rates of outcomes, performance profiles.
+
+    Of more than ten arms only those that the tests name have colours, curves and profiles.
+    """
     plt = pyplot()
     figure, ((curves, seeds), (rates, profiles)) = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     arms = [arm for arm in study.arms if any(row["arm"] == arm for row in rows)]
-    colours = {arm: plt.get_cmap("tab10" if len(arms) <= 10 else "tab20")(i % 20) for i, arm in enumerate(arms)}
+    named = {arm for test in study.tests for arm in vars(test).values()}
+    shown = [arm for arm in arms if len(arms) <= 10 or arm in named]
+    colours = {arm: "0.6" for arm in arms} | {arm: plt.get_cmap("tab10")(i % 10) for i, arm in enumerate(shown)}
     every = np.concatenate([values(study, rows, arm, study.metric) for arm in arms])
     taus = np.linspace(every.min(), every.max(), 200)
     for i, arm in enumerate(arms):
         mine, colour, x = [row for row in rows if row["arm"] == arm], colours[arm], values(study, rows, arm, study.metric)
-        paths = [np.array([point.split(":") for point in row["curve"].split()], float) for row in mine if row["curve"]]
+        paths = [np.array([point.split(":") for point in row["curve"].split()], float) for row in mine if row["curve"] and arm in shown]
         for path_of_seed in paths:
             curves.plot(*path_of_seed.T, color=colour, linewidth=0.4, alpha=0.5)
         if paths:  # all on the steps of the longest; a run that ended early keeps its last value
@@ -543,15 +548,16 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
             at = j + (i - (len(arms) - 1) / 2) * 0.8 / len(arms)
             rates.bar(at, share, 0.7 / len(arms), color=colour)
             rates.plot([at, at], [low, high], color="black", linewidth=0.8)
-        share, low, high = stats.profile(x, taus)
-        profiles.plot(taus, share, color=colour, label=arm)
-        profiles.fill_between(taus, low, high, color=colour, alpha=0.15, linewidth=0)
+        if arm in shown:
+            share, low, high = stats.profile(x, taus)
+            profiles.plot(taus, share, color=colour, label=arm)
+            profiles.fill_between(taus, low, high, color=colour, alpha=0.15, linewidth=0)
     low, high = np.percentile(np.concatenate([line.get_ydata() for line in curves.lines] or [[0, 1]]), [2, 100])
     lengths = [max(row["real_steps"] for row in rows if row["arm"] == arm) for arm in arms]
     curves.set_xscale("log" if max(lengths) > 5 * min(lengths) else "linear")
     curves.set(title="Return, greedy: IQM, 95 % interval, each seed", xlabel="real steps", ylim=(low - 20, high + 20))
     seeds.set(title=f"{study.metric}: each seed, mean and IQM", xticks=range(len(arms)))
-    seeds.set_xticklabels(arms, rotation=25, ha="right")
+    seeds.set_xticklabels(arms, rotation=25 if len(arms) <= 10 else 90, ha="right" if len(arms) <= 10 else "center")
     rates.set(
         title="Shares of runs, 95 % intervals", xticks=range(4), xticklabels=("solved", "stuck", "hovering", "collapsed"), ylim=(0, 1)
     )
