@@ -543,9 +543,10 @@ def dream_and_improve(
         run.imagined_steps += rollout.actions.numel()
         real = real_returns(agent, replay, charged, s) if s.grounding else None
         log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
-        logs.append(log | fates(rollout) | {"dream/disagreement": float(dream.disagreement)})
+        logs.append(log | fates(rollout, float(replay.steps.rewards.median())))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    return means | {"dream/horizon": horizon, "dream/caution": schedule.caution, "dream/good": schedule.good}
+    told = {"dream/disagreement": float(dream.disagreement), "dream/horizon": horizon}
+    return means | told | {"dream/caution": schedule.caution, "dream/good": schedule.good}
 
 
 @torch.no_grad()
@@ -557,10 +558,11 @@ def real_returns(agent: Agent, replay: Replay, charged, s: Settings, number: int
     return steps.obs[valid], returns[valid]
 
 
-def fates(rollout: Rollout) -> dict[str, float]:
-    """How dreams fare in a rollout: their undiscounted return in it, and the shares that end well, end badly, and do not end."""
+def fates(rollout: Rollout, usual: float) -> dict[str, float]:
+    """How dreams fare in a rollout: their undiscounted return in it, and the shares that end well (with at least the `usual` reward), end badly, and
+    do not end."""
     dreams = rollout.rewards.shape[1] + int((rollout.terminated | rollout.truncated)[:-1].sum())
-    good = int((rollout.terminated & (rollout.rewards > 0)).sum())
+    good = int((rollout.terminated & (rollout.rewards >= usual)).sum())
     bad = int(rollout.terminated.sum()) - good
     total = float(rollout.rewards.sum())
     sums = dict(return_mean=total, positive_end_share=good, negative_end_share=bad, alive_share=dreams - good - bad)
@@ -727,8 +729,10 @@ class Run:
         self.steps_to_solve = self.summary = self.signal = self.board = None
         self.saved = self.counters()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
-        threshold = make_env(settings.env_id).spec.reward_threshold
-        self.threshold = 200.0 if threshold is None else threshold  # what counts as solved
+        self.threshold = make_env(settings.env_id).spec.reward_threshold  # what counts as solved
+        if self.threshold is None:
+            self.threshold = 200.0
+            view.say(f"{settings.env_id} does not say which return solves it; 200 is taken.")
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
 
@@ -883,6 +887,7 @@ def surroundings(s: Settings) -> dict:
 
 
 OWN = "config.json env.json summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
+FOLDERS = "checkpoint", "world_model", "tensorboard"
 ESSENTIAL = "mode", "env_id", "seed"
 
 
@@ -897,8 +902,9 @@ def claimed(run: Run):
     foreign = [path for path in files if path.is_symlink() or path.exists() and not path.is_file()]
     if not (foreign or any(path.exists() for path in checkpoints(folder)) or holds_settings(folder / "config.json")):
         foreign = [path for path in files if path.exists() and (path != log or path.stat().st_size)]
-    if foreign or (folder / "checkpoint").is_symlink():
-        raise UsageError(f"{(foreign or [folder / 'checkpoint'])[0]} is not of a run of this kit; choose another --run-dir.")
+    foreign += [folder / name for name in FOLDERS if (folder / name).is_symlink()]
+    if foreign:
+        raise UsageError(f"{foreign[0]} is not of a run of this kit; choose another --run-dir.")
     try:
         (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         run.metrics = open(log, "ab")
@@ -917,8 +923,9 @@ def claimed(run: Run):
 
 
 def own_files(folder: Path) -> list[Path]:
-    """Where a run has written or may write, the log apart."""
-    return [*(folder / name for name in OWN), *checkpoint_files(folder)]
+    """Where a run, or a look at its model, has written or may write, the log apart."""
+    diagnosis = (folder / "world_model" / name for name in ("diagnosis.json", *OWN[-3:]))
+    return [*(folder / name for name in OWN), *diagnosis, *folder.glob("tensorboard/events.out.tfevents.*"), *checkpoint_files(folder)]
 
 
 def holds_settings(path: Path) -> bool:
@@ -1224,8 +1231,8 @@ def load_policy(run_dir: Path, env_id: str | None = None):
 
 def check_device(device: str):
     try:
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device, dtype=torch.float64).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UsageError(f"--device {device} can't be used here: {str(error).splitlines()[0]}")
 
 

@@ -147,7 +147,7 @@ class Replay:
         zeros = functools.partial(torch.zeros, 0, num_envs, device=device)
         vectors, numbers, flags = zeros(obs_dim), zeros(dtype=torch.long), zeros(dtype=torch.bool)
         self.steps, self.age, self.held_out = Rollout(vectors, numbers, zeros(), vectors, flags, flags), numbers, flags
-        room = 1 + 4_000_000 // (num_envs * obs_dim)  # 16 MB of observations; what is not filled takes up no memory
+        room = 1 + 4_000_000 // (num_envs * obs_dim)  # 16 MB of observations; what is not filled is hardly ever touched
         self.buffers = [x.new_empty(room, *x.shape[1:]) for x in (*self.steps, self.age, self.held_out)]  # the same, with room for more
         self.going_on = numbers.new_full((num_envs,), -1)  # (N) age of the newest steps; -1 where an episode begins with the next
         self.episode = numbers.new_full((num_envs,), -1)  # (N) number of the newest episodes
@@ -174,11 +174,6 @@ class Replay:
     def oldest(self) -> int:
         """The first of the recent steps."""
         return max(0, len(self.age) - self.newest) if self.newest else 0
-
-    @property
-    def fitted(self) -> Tensor:
-        """(T, N): the steps a model is fitted to."""
-        return ~self.held_out
 
     @property
     def recent(self) -> Tensor:
@@ -440,6 +435,16 @@ class Outcome(NamedTuple):
     ending: Tensor  # logit that it ends here, not yet calibrated
 
 
+class Judged(NamedTuple):
+    """What the members say of B real steps."""
+
+    steps: Rollout  # (B, ...) what really happened
+    expected: Transition
+    outcome: Outcome
+    disagreement: Tensor  # (B)
+    unusual: Tensor  # (B) the autoencoder's error
+
+
 class Imagined(NamedTuple):
     """One imagined step of B dreams."""
 
@@ -519,7 +524,7 @@ class WorldModel(nn.Module):
     def adapt(self, replay: Replay):
         """Takes scales from the fitted episodes (of observations from every k-th step, 100,000 or so), ranges and binary columns from all. Weights stay."""
         both, thinned = (replay.steps.obs, replay.steps.next_obs), slice(None, None, 1 + len(replay) // 100_000)
-        obs, next_obs = (x[thinned][replay.fitted[thinned]] for x in both)
+        obs, next_obs = (x[thinned][~replay.held_out[thinned]] for x in both)
         self.binary.copy_(torch.logical_and(*(((x == 0) | (x == 1)).all(0).all(0) for x in both)) & self.find_binary)
         self.obs_scale.fit(obs, keep=self.binary)
         self.change_scale.fit(next_obs - obs, keep=self.binary)
@@ -527,8 +532,8 @@ class WorldModel(nn.Module):
         low, high = torch.minimum(*(x.amin((0, 1)) for x in both)), torch.maximum(*(x.amax((0, 1)) for x in both))
         self.obs_low.copy_(low - self.margin * (high - low)), self.obs_high.copy_(high + self.margin * (high - low))
         for where, scale, range in (
-            (replay.fitted & ~replay.steps.terminated, self.reward_scale, self.reward_range),
-            (replay.fitted & replay.steps.terminated, self.last_reward_scale, self.last_reward_range),
+            (~replay.held_out & ~replay.steps.terminated, self.reward_scale, self.reward_range),
+            (~replay.held_out & replay.steps.terminated, self.last_reward_scale, self.last_reward_range),
         ):
             rewards = replay.steps.rewards[where]
             if len(rewards):
@@ -645,6 +650,10 @@ class WorldModel(nn.Module):
         """Calibrated probability that an episode ends."""
         return torch.sigmoid(self.calibration[0] * logit + self.calibration[1])
 
+    def ends(self, logits: Tensor) -> Tensor:
+        """All members' logits (E, B) -> the calibrated probability of an ending (B), or (E, B) where each member decides for itself."""
+        return self.ending(self.verdict(logits, lambda: logits))
+
     def own(self, x: Tensor) -> Tensor:
         """(E, B, ...) -> (B, ...): what the member that each dream belongs to says of it."""
         dream = torch.arange(x.shape[1], device=x.device)
@@ -683,8 +692,8 @@ def fit(
     Held-out episodes are not fitted; they calibrate endings and uncertainty. `tick` is called after each update. Returns mean losses.
     """
     model.adapt(replay)
-    where = (replay.fitted & replay.recent).nonzero()
-    where = where if len(where) else replay.fitted.nonzero()
+    where = (~replay.held_out & replay.recent).nonzero()
+    where = where if len(where) else (~replay.held_out).nonzero()
     before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
     windows = max(1, batch // model.memory.window)
     for i in range(updates):
@@ -708,8 +717,8 @@ def fit(
 
 
 @torch.no_grad()
-def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, imagined: bool = False):
-    """One-step predictions at real steps (t, n), each (B): the steps, Transition, Outcome, disagreement, autoencoder error.
+def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, imagined: bool = False) -> Judged:
+    """One-step predictions at real steps (t, n), each (B).
 
     The outcome is that of the real next_obs, or, if `imagined`, of the one each member expects.
     """
@@ -721,7 +730,7 @@ def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, imagined: boo
     next_obs = model.most_likely(expected) if imagined else model.everyone(step.next_obs)
     outcome = model.outcome(model.everyone(x), next_obs - step.obs, hidden)
     unusual = model.autoencoder.error(torch.cat([history, x[:, None]], 1))
-    return step, expected, outcome, model.disagreement(expected), unusual
+    return Judged(step, expected, outcome, model.disagreement(expected), unusual)
 
 
 def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
@@ -731,15 +740,17 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
     that the model held impossible would flatten the slope until dreams die everywhere; the Brier score is proper too, but bounded.
     """
     where = replay.unseen if replay.unseen.any() else replay.recent
-    step, _, outcome, disagreement, unusual = judge(model, replay, *spread(where.nonzero(), limit))
-    model.typical.copy_(torch.stack([quantiles(disagreement, 0.998)[0], quantiles(unusual, 0.998)[0]]).clamp(min=1e-6))
-    logit = model.verdict(outcome.ending, lambda: outcome.ending)  # (B), or (E, B) where each member decides for itself
+    judged = judge(model, replay, *spread(where.nonzero(), limit))
+    typical = [quantiles(x, 0.998)[0] for x in (judged.disagreement, judged.unusual)]
+    model.typical.copy_(torch.stack(typical).clamp(min=1e-6))
+    every = judged.outcome.ending
+    logit = model.verdict(every, lambda: every)  # (B), or (E, B) where each member decides for itself
     free = torch.zeros(2, device=logit.device, requires_grad=True)  # log slope, shift
     lbfgs = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
 
     def objective():
         lbfgs.zero_grad()
-        brier = (torch.sigmoid(free[0].exp() * logit + free[1]) - step.terminated.to(logit.dtype)).square().sum(-1).mean()
+        brier = (torch.sigmoid(free[0].exp() * logit + free[1]) - judged.steps.terminated.to(logit.dtype)).square().sum(-1).mean()
         loss = brier + (free / torch.tensor([0.3, 1.0], device=free.device)).square().sum() / 2
         loss.backward()
         return loss
@@ -753,7 +764,7 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
 
 
 class Dream:
-    """Imagined episodes behind the real environments' interface: `reset()`, then `step(actions)` on N of them at once; `obs` is where they are.
+    """Imagined episodes behind the real environments' interface: `step(actions)` goes on with N of them at once; `obs` is where they are.
 
     Each dream belongs to one member for good: drawing the member anew at every step would average its systematic errors away (Chua et al., 2018,
     TS-infinity). It starts at a real state: a true beginning with probability `beginnings`, one near something rare with probability `rare`,
@@ -826,7 +837,7 @@ def plan(model: WorldModel, obs: Tensor, hidden: Tensor, horizon: int, candidate
     """Model-predictive control by the cross-entropy method over action sequences (Chua et al., 2018), for discrete actions.
 
     obs (N, O), hidden (E, N, H) -> the first action of the best sequence found (N). Each sequence is judged by all members, each in its own
-    imagined trajectory; endings weight what would have followed them by the probability of getting there.
+    imagined trajectory; what follows counts by the probability that the episode has not ended before.
     """
     N, E, A = len(obs), model.members, model.num_actions
     chances = torch.full((N, horizon, A), 1 / A, device=obs.device)
@@ -838,7 +849,7 @@ def plan(model: WorldModel, obs: Tensor, hidden: Tensor, horizon: int, candidate
             x = model.features(at, model.everyone(sequences[..., k].flatten()))
             next_at = model.draw(model.transition(x, at, memory))
             outcome = model.outcome(x, next_at - at, memory)
-            ends, (reward, last_reward) = model.ending(outcome.ending), model.rewards(outcome)
+            ends, (reward, last_reward) = model.ends(outcome.ending), model.rewards(outcome)
             score = score + gamma**k * alive * (ends * last_reward + (1 - ends) * reward)
             alive, at, memory = alive * (1 - ends), next_at, model.memory(x, memory)
         best = score.view(E, N, candidates).mean(0).topk(max(1, candidates // 10), -1).indices
@@ -902,9 +913,9 @@ def expected_rewards(model: WorldModel, replay: Replay, where: Tensor, limit: in
 
     The heads are shown the next observation that each member expects, as in a dream, and not the real one.
     """
-    step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), limit), imagined=True)
-    (reward, last_reward), ends = model.rewards(outcome), model.ending(model.verdict(outcome.ending, lambda: outcome.ending))
-    return step.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
+    judged = judge(model, replay, *spread(where.nonzero(), limit), imagined=True)
+    (reward, last_reward), ends = model.rewards(judged.outcome), model.ends(judged.outcome.ending)
+    return judged.steps.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
 
 
 def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
@@ -921,8 +932,8 @@ def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
             by_size[f"{low:.3g} to {high:.3g}"] = dict(
                 steps=int(inside.sum()), rmse=float((real - expected)[inside].square().mean().sqrt())
             )
-    step, _, outcome, _, _ = judge(model, replay, *spread(where.nonzero(), 10_000))
-    ends = model.ending(model.verdict(outcome.ending, lambda: outcome.ending)).view(-1, len(step.rewards)).mean(0)
+    judged = judge(model, replay, *spread(where.nonzero(), 10_000))
+    ends = model.ends(judged.outcome.ending).view(-1, len(judged.steps.rewards)).mean(0)
     counts, errors, edges_x, edges_y = place_map(model, replay, bins=6)
     places = [
         dict(
@@ -934,7 +945,7 @@ def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
         for i, j in (~errors.isnan()).nonzero().tolist()
     ]
     by_horizon = {k: float(curve[k - 1]) for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= len(curve)}
-    endings = dict(steps=len(ends), expected=float(ends.sum()), real=int(step.terminated.sum()))
+    endings = dict(steps=len(ends), expected=float(ends.sum()), real=int(judged.steps.terminated.sum()))
     return dict(error_by_horizon=by_horizon, reward_error_by_size=by_size, error_by_place=places, endings=endings)
 
 
@@ -946,8 +957,8 @@ def place_map(model: WorldModel, replay: Replay, bins: int) -> tuple[Tensor, Ten
     cell = cell[:, 0] * bins + cell[:, 1]
     held_out = replay.held_out.flatten()
     t, n = spread(replay.held_out.nonzero(), 10_000)
-    step, expected, _, _, _ = judge(model, replay, t, n)
-    error = ((expected.mean - step.next_obs) / model.change_scale.std).square().mean(0)
+    judged = judge(model, replay, t, n)
+    error = ((judged.expected.mean - judged.steps.next_obs) / model.change_scale.std).square().mean(0)
     error = model.mean_over_numbers(error)
     here = cell.view_as(replay.age)[t, n]
     total = error.new_zeros(bins * bins).index_add(0, here, error)

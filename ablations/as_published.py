@@ -641,7 +641,7 @@ def train(run: Run):
             rollout, acted = dream(run, agent, model, data)
             run.phase("learning")
             log, loss = ppo_update(agent, flat, optimizer, rollout, acted, s, way, run.tick)
-            log |= fates(rollout)
+            log |= fates(rollout, usual=0.0)
             plateau.step(loss)
         run.phase("gathering")
         new = play_episodes(run, agent, envs, "data")

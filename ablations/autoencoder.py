@@ -29,10 +29,11 @@ def areas(run_dir: Path) -> dict:
     size, actions = replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1
     model = WorldModel(size, actions, settings)
     model.load_state_dict({name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")})
-    step, expected, _, disagreement, unusual = judge(model, replay, *spread(replay.held_out.nonzero(), 4096))
-    error = model.mean_over_numbers(((expected.mean.mean(0) - step.next_obs) / model.change_scale.std).square())
+    judged = judge(model, replay, *spread(replay.held_out.nonzero(), 4096))
+    error = model.mean_over_numbers(((judged.expected.mean.mean(0) - judged.steps.next_obs) / model.change_scale.std).square())
     wrong = error > error.quantile(0.9)
-    auto, dis = (float(stats.improvement_of(x[wrong].numpy(), x[~wrong].numpy())) for x in (unusual, disagreement))
+    found = judged.unusual, judged.disagreement
+    auto, dis = (float(stats.improvement_of(x[wrong].numpy(), x[~wrong].numpy())) for x in found)
     return dict(roc_autoencoder=auto, roc_disagreement=dis, autoencoder_finds=auto > 0.5, autoencoder_finds_more=auto > dis)
 
 

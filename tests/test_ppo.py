@@ -234,15 +234,16 @@ def test_rewards_are_divided_by_the_spread_of_the_discounted_return():
     np.testing.assert_allclose(scale(rollout.rewards).numpy(), rollout.rewards.numpy() / np.std(seen), rtol=1e-9)
 
 
-def test_the_fates_of_dreams_add_up():
+@pytest.mark.parametrize("usual", [-0.5, 0.0, 0.5])
+def test_the_fates_of_dreams_add_up(usual):
     rollout = random_steps(30, 7, seed=6)
-    result, dreams, good, bad, alive, cut = fates(rollout), 0, 0, 0, 0, 0
+    result, dreams, good, bad, alive, cut = fates(rollout, usual), 0, 0, 0, 0, 0
     for n in range(7):
         open_ = False
         for t in range(30):
             dreams, open_ = dreams + (not open_), True
             if rollout.terminated[t, n]:
-                good, bad, open_ = good + bool(rollout.rewards[t, n] > 0), bad + bool(rollout.rewards[t, n] <= 0), False
+                good, bad, open_ = good + bool(rollout.rewards[t, n] >= usual), bad + bool(rollout.rewards[t, n] < usual), False
             elif rollout.truncated[t, n]:
                 cut, open_ = cut + 1, False
         alive += open_

@@ -642,9 +642,10 @@ class Corridor(gym.Env):
         return np.eye(6, dtype=np.float32)[self.place], float(self.place == 5), self.place == 5, False, {}
 
 
-def test_an_environment_of_flags_only_is_modelled_and_drawn(tmp_path):
+def test_an_environment_of_flags_only_is_modelled_and_drawn(tmp_path, capsys):
     gym.register("Corridor-v0", entry_point=Corridor, max_episode_steps=30)
     assert train(tmp_path, env_id="Corridor-v0", warmup_steps=400, total_steps=430) == 0
+    assert "Corridor-v0 does not say which return solves it; 200 is taken." in capsys.readouterr().out
     check(tmp_path, 430)
     assert (tmp_path / "map.png").exists()
 
@@ -797,7 +798,15 @@ def test_fresh_deletes_nothing_that_is_not_a_runs_own(tmp_path, monkeypatch, cap
     (tmp_path / "run" / "notes.txt").write_text("mine")
     (tmp_path / "run" / "checkpoint" / "best.pt").write_text("mine too")
     (tmp_path / "run" / "checkpoint" / "20260101.txt").write_text("mine as well")
+    left = [
+        tmp_path / "run" / name for name in ("world_model/diagnosis.json", "world_model/map.png", "tensorboard/events.out.tfevents.1.2")
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of the old run")
+    (tmp_path / "run" / "world_model" / "notes.txt").write_text("mine, too")
     assert train(tmp_path / "run", fresh=True, seed=9) == 0
+    assert not any(path.exists() for path in left) and (tmp_path / "run" / "world_model" / "notes.txt").exists()
     for name in ("notes.txt", "checkpoint/best.pt", "checkpoint/20260101.txt"):
         assert (tmp_path / "run" / name).read_text().startswith("mine")
     (tmp_path / "other").mkdir()

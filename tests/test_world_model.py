@@ -472,14 +472,16 @@ def test_the_open_loop_error_of_a_constant_bias_grows_by_the_bias_and_sets_the_h
 
 
 @pytest.mark.parametrize(
-    "price, gamma, goal, i, limit", [(0, 0.5, 0.2, 1, 1.0), (5, 0.8, -0.2, 0, 0.5)], ids=["endings are bad", "living is worse"]
+    "price, gamma, goal, i, limit, ending",
+    [(0, 0.5, 0.2, 1, 1.0, "member"), (5, 0.8, -0.2, 0, 0.5, "member"), (5, 0.8, -0.2, 0, 0.5, "agree")],
+    ids=["endings are bad", "living is worse", "living is worse, but one member knows no endings"],
 )
-def test_the_planner_finds_what_trying_every_sequence_finds(price, gamma, goal, i, limit):
-    s = ModelSettings(wm_likelihood="squared", wm_ensemble=2)
+def test_the_planner_finds_what_trying_every_sequence_finds(price, gamma, goal, i, limit, ending):
+    s = ModelSettings(wm_likelihood="squared", wm_ensemble=2, wm_ending=ending)
     model = true_model("delta", s)
     A, b = exact_flow(*oscillator())
-    model.potential = NoPotential()
-    model.heads = TrueHeads(model, lambda x: -price - (x[..., 0] - goal) ** 2, lambda x: x[..., i] > limit)
+    model.potential, knows = NoPotential(), torch.tensor([[True], [ending == "member"]])
+    model.heads = TrueHeads(model, lambda x: -price - (x[..., 0] - goal) ** 2, lambda x: (x[..., i] > limit) & knows)
     starts = np.random.default_rng(0).normal(size=(40, 3))
     torch.manual_seed(0)
     found = plan(model, torch.tensor(starts, dtype=torch.float32), torch.zeros(2, 40, 0), 5, 300, 4, gamma).tolist()
@@ -489,7 +491,7 @@ def test_the_planner_finds_what_trying_every_sequence_finds(price, gamma, goal, 
             state, score = start, 0.0
             for k, a in enumerate(sequence):
                 state = A[a] @ state + b[a]
-                ends = state[i] > limit
+                ends = state[i] > limit and ending == "member"
                 score -= gamma**k * (price + (state[0] - goal) ** 2 + 10 * ends)
                 if ends:
                     break
