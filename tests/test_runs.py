@@ -270,7 +270,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
     rollout = Rollout(
         torch.zeros(3, 1, 2), torch.zeros(3, 1).long(), torch.tensor([[-2.0], [5.0], [-100.0]]), torch.zeros(3, 1, 2), ended, ended
     )
-    given, real = [], (torch.zeros(1, 2), torch.zeros(1))
+    given, real, replay = [], (torch.zeros(1, 2), torch.zeros(1)), types.SimpleNamespace(steps=rollout)
     update = lambda agent, optimizer, rollout, s, *rest: given.append((rollout.rewards[:, 0].tolist(), s, rest[-1])) or {}  # noqa: E731
     grounds = lambda agent, replay, charge, s: real if charge(rollout).rewards[2] == -25 else None  # noqa: E731
     for name, stand_in in dict(collect=lambda *_: rollout, ppo_update=update, real_returns=grounds).items():
@@ -278,9 +278,10 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
     schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, safe=False, stuck=False)
-    log = ppo_mbrl.dream_and_improve(run, None, None, None, None, lambda rewards: rewards, schedule, 2)
+    log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, schedule, 2)
     assert len(given) == 2 and run.imagined_steps == 6
     assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
+    assert log["dream/positive_end_share"] == log["dream/negative_end_share"] == 0.5  # 5 is more than the median, -2
     for rewards, used, seen in given:
         assert rewards == [-2.0, 5.0, -25.0] and seen is (real if grounding else None)
         assert (used.gamma, used.gae_lambda, used.grounding) == (0.5, 0.6, grounding)
