@@ -48,7 +48,7 @@ class ModelSettings:
 
     # fmt: off
     wm_target: Literal["direct", "delta", "ode"] = setting("delta", "What the network predicts: the next observation, its change, or a derivative that RK4 integrates.")
-    wm_likelihood: Literal["gaussian", "squared", "absolute"] = setting("gaussian", "Loss of the dynamics. Only gaussian learns, and dreams with, the environment's noise.")
+    wm_likelihood: Literal["gaussian", "squared", "absolute"] = setting("gaussian", "Loss of the dynamics; absolute is that of rewards, too. Only gaussian learns, and dreams with, the environment's noise.")
     wm_beta: float = setting(0.5, "Weight of a step in the gaussian loss: its standard deviation to the power of twice this; 0 is plain likelihood.", 0, 1)
     wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
     wm_hidden: int = setting(64, "Width of every hidden layer.", 1, 10_000)
@@ -67,7 +67,7 @@ class ModelSettings:
     wm_batch: int = setting(128, "Real steps in a minibatch of each member.", 1, 1_000_000)
     wm_updates: int = setting(200, "Gradient steps an iteration.", 0, 10_000_000)
     wm_first_updates: int = setting(1000, "Gradient steps of the first fit: a policy that starts in a bad model learns to exploit it.", 0, 10_000_000)
-    wm_newest: int = setting(0, "Fit to the newest so many real steps of each environment only; 0 keeps everything.", 0, 1_000_000_000)
+    wm_newest: int = setting(0, "Fit to, and dream from, the newest so many real steps of each environment only; 0: all.", 0, 1_000_000_000)
     wm_holdout: int = setting(10, "One episode in so many is held out to measure the model.", 2, 1_000_000)
     wm_margin: float = setting(0.1, "Dreams stay within the range of the data plus this share of it, and are cut where they would leave it.", 0, 1e6)
     uncertainty: Literal["none", "ensemble", "autoencoder", "both"] = setting("ensemble", "Where a dream's uncertainty comes from.", panel="Dreams")
