@@ -2,6 +2,7 @@
 
     python ablations/benchmark.py                     all of it, about ten minutes; rows go to runs/benchmark/benchmark.csv
     python ablations/benchmark.py --only dreams,fit
+    python ablations/benchmark.py --only solve        whole runs until they solve the task: not among the rest, for a pair takes ten minutes
     python ablations/benchmark.py --device cuda       dreams on a GPU against the CPU, from 512 to 1,048,576 of them
 
 CPU time is what is compared, so that other processes on the machine do little harm; only seeds side by side and the GPU go by the clock. "Bare"
@@ -12,6 +13,7 @@ filled step by step.
 
 import csv
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -31,7 +33,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from ppo_mbrl import Agent, Environments, ReturnScale, Settings, check_device, collect, ppo_update  # noqa: E402
+from ppo_mbrl import Agent, Environments, ReturnScale, Settings, check_device, collect, play, ppo_update  # noqa: E402
 from world_model import Dream, Replay, UsageError, WorldModel, fit, flatten  # noqa: E402
 
 ENV = "LunarLander-v3"
@@ -87,13 +89,13 @@ def our_ppo(num_envs: int, num_steps: int, minibatch: int, updates: int):
     return work
 
 
-def stable_baselines(num_envs: int, num_steps: int, minibatch: int, updates: int):
+def stable_baselines(num_envs: int, num_steps: int, minibatch: int, seed: int = 0):
+    """The peer's PPO with what its zoo has tuned for LunarLander, but for these numbers."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
-    kwargs = dict(n_steps=num_steps, batch_size=minibatch, n_epochs=4, gamma=0.999, gae_lambda=0.98, ent_coef=0.01, device="cpu", seed=0)
-    model = PPO("MlpPolicy", make_vec_env(ENV, num_envs), policy_kwargs=dict(net_arch=dict(pi=[64, 64], vf=[64, 64])), **kwargs)
-    return lambda: model.learn(num_envs * num_steps * updates, reset_num_timesteps=False)
+    kwargs = dict(n_steps=num_steps, batch_size=minibatch, n_epochs=4, gamma=0.999, gae_lambda=0.98, ent_coef=0.01, device="cpu", seed=seed)
+    return PPO("MlpPolicy", make_vec_env(ENV, num_envs), policy_kwargs=dict(net_arch=dict(pi=[64, 64], vf=[64, 64])), **kwargs)
 
 
 def cleanrl_style(num_envs: int, num_steps: int, minibatch: int, updates: int):
@@ -162,12 +164,18 @@ def cleanrl_style(num_envs: int, num_steps: int, minibatch: int, updates: int):
     return work
 
 
+def peer_is_there() -> bool:
+    there = bool(importlib.util.find_spec("stable_baselines3"))
+    if not there:
+        print("stable-baselines3 is not installed (requirements-dev.txt): left out.")
+    return there
+
+
 def ppo(number: int):
     """Real steps a second of model-free PPO, against the peers at the same numbers of environments, steps, passes and minibatches."""
-    if not importlib.util.find_spec("stable_baselines3"):
-        print("stable-baselines3 is not installed (requirements-dev.txt): left out.")
-    else:
-        values, took = pairs(our_ppo(16, 1024, 64, 1), stable_baselines(16, 1024, 64, 1), number)
+    if peer_is_there():
+        peer = stable_baselines(16, 1024, 64)
+        values, took = pairs(our_ppo(16, 1024, 64, 1), lambda: peer.learn(16_384, reset_num_timesteps=False), number)
         yield Ratio("PPO, 16 x 1024, minibatch 64", "stable-baselines3", 2, values, note=f"{16_384 / took:,.0f} real steps/s")
     values, took = pairs(our_ppo(4, 128, 128, 20), cleanrl_style(4, 128, 128, 20), number)
     yield Ratio("PPO, 4 x 128, 4 minibatches", "a loop in CleanRL's manner", 2, values, note=f"{10_240 / took:,.0f} real steps/s")
@@ -318,6 +326,30 @@ def side_by_side(number: int):
         yield Ratio("8 runs, two at a time", "one alone x 8 / 2", 0.9, [ideal / (time.perf_counter() - began)])
 
 
+def score(peer, episodes: int) -> float:
+    """The mean of as many greedy episodes, those of the kit's own evaluations."""
+    act = lambda obs: torch.as_tensor(peer.predict(obs.numpy(), deterministic=True)[0])  # noqa: E731
+    return play(act, ENV, episodes, 10_000).returns.mean()
+
+
+def solve(number: int):
+    """CPU seconds until the mean of 100 greedy episodes is 200, seed by seed: a default run, its evaluations included, against the peer without any."""
+    if not peer_is_there():
+        return
+    values, notes = [], []
+    for seed in range(number):
+        with tempfile.TemporaryDirectory() as folder:
+            cpu_seconds(*program("--seed", str(seed), "--run-dir", folder))
+            rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        solved = [row["cpu_s"] for row in rows if row.get("eval/episodes") == 100 and row["eval/return_mean"] >= 200]
+        ours, peer, theirs = solved[0] if solved else math.inf, stable_baselines(16, 1024, 64, seed), 0.0
+        while not (score(peer, 20) >= 200 and score(peer, 100) >= 200):
+            theirs += seconds(lambda: peer.learn(16_384, reset_num_timesteps=False))
+        values.append(theirs / ours)
+        notes.append(f"{ours:.0f} and {theirs:.0f} s")
+    yield Ratio("a default run until it solves the task", "stable-baselines3, 16 x 1024", 5, values, note="; ".join(notes))
+
+
 def growth(number: int):
     """How cost grows: slope of log CPU time over log size. A fit also looks at the whole replay once (20 ms for 40,000 steps, beside seconds)."""
     replay = some_replay()
@@ -376,11 +408,14 @@ def gpu(device: str):
         )
 
 
-MEASURES = dict(ppo=ppo, gathering=gathering, dreams=dreams, fit=fitting, start=start, memory=memory, seeds=side_by_side, growth=growth)
+MEASURES = dict(
+    ppo=ppo, gathering=gathering, dreams=dreams, fit=fitting, start=start, memory=memory, seeds=side_by_side, growth=growth, solve=solve
+)
+USUAL = ",".join(name for name in MEASURES if name != "solve")
 
 
 def main(
-    only: Annotated[str, typer.Option(help=f"Some of {', '.join(MEASURES)}, with commas between them.")] = ",".join(MEASURES),
+    only: Annotated[str, typer.Option(help=f"Some of {', '.join(MEASURES)}, with commas between them.")] = USUAL,
     number: Annotated[int, typer.Option("--pairs", min=1, help="Pairs of each ratio.")] = 5,
     device: Annotated[str, typer.Option(help="cuda: measure dreams there instead.")] = "cpu",
     out: Annotated[Path, typer.Option(help="The table goes here as CSV.")] = ROOT / "runs" / "benchmark" / "benchmark.csv",
