@@ -10,60 +10,65 @@ An epoch is 3,000 imagined steps, 40 passes of PPO over them, 30 real episodes, 
 `ppo_mbrl.py`, and `python ppo_mbrl.py evaluate RUN_DIR` reads it. What causes what is the question of `what_broke_it.py`.
 
 A fork of the pair: networks, GAE, evaluation, run folder and command line are imported, what differs stands here. First the twelve pairs of functions
-(as published, textbook), then the table of them, then the algorithm, which asks the table and nothing else.
+(as published, textbook), then the table of them, then the algorithm, which asks the table and nothing else. Networks, losses and Adam are computed by
+hand, in numpy: for minibatches so small torch takes three times as long. Random numbers are torch's all the same, for only those can be resumed.
 
 Shapes: T steps of one dream, n real steps, B minibatch, O observation, A actions, K = O + 1 numbers that the model predicts: next_obs and reward.
 """
 
 import math
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; with more, a minibatch takes four times as much CPU time
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 import typer
+from numpy import ndarray as Array
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_mbrl  # noqa: E402
-from ppo_mbrl import Agent, View, carry_out, compute_gae, fates, make_env, mlp  # noqa: E402
-from world_model import Normaliser, Rollout, UsageError, checked, gaussian_error, quantiles, run_command, setting, settings_command  # noqa: E402
+from ppo_mbrl import PPO_INFO, Agent, View, carry_out, compute_gae, fates, make_env, mlp  # noqa: E402
+from world_model import Normaliser, Rollout, UsageError, checked, flatten, run_command, setting, settings_command  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------ the departures
 
 
-# ratio: how much likelier an action (B) has become
-def exp_of_the_difference(logprob: Tensor, old_logprob: Tensor) -> Tensor:
-    return (logprob.exp() - old_logprob.exp()).exp()  # of probabilities, not of their logarithms: between 1/e and e, whatever happens
+# ratio: how much likelier an action (B) has become, and the derivative of that by logprob
+def exp_of_the_difference(logprob: Array, old_logprob: Array) -> tuple[Array, Array]:
+    p = np.exp(logprob)
+    ratio = np.exp(p - np.exp(old_logprob))  # of probabilities, not of their logarithms: between 1/e and e, whatever happens
+    return ratio, ratio * p
 
 
-def quotient(logprob: Tensor, old_logprob: Tensor) -> Tensor:
-    return (logprob - old_logprob).exp()
+def quotient(logprob: Array, old_logprob: Array) -> tuple[Array, Array]:
+    ratio = np.exp(logprob - old_logprob)
+    return ratio, ratio
 
 
-# entropy: its term in the loss
-def punished(entropy: Tensor, coef: float) -> Tensor:
-    return coef * entropy
+# entropy: its weight in the loss
+def punished(coef: float) -> float:
+    return coef
 
 
-def rewarded(entropy: Tensor, coef: float) -> Tensor:
-    return -coef * entropy
+def rewarded(coef: float) -> float:
+    return -coef
 
 
-# clip: where the value (B) may go before its loss stops falling
-def around_the_return(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:
-    return returns + (value - returns).clamp(-clip, clip)  # never the greater error of the two, so it does nothing
+# clip: the middle of the range (B) in which the value has its say
+def around_the_return(old_value: Array, returns: Array) -> Array:
+    return returns  # clipping makes no error greater, so it does nothing
 
 
-def around_the_old_value(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:
-    return old_value + (value - old_value).clamp(-clip, clip)
+def around_the_old_value(old_value: Array, returns: Array) -> Array:
+    return old_value
 
 
 # temperature: that of the ratio, where actions are drawn at `temperature`
@@ -94,18 +99,18 @@ class Beside:
         self.run, self.env = run, data.envs[0]
         self.env.reset(seed=streams(run, "dream", 1)[0])
 
-    def begin(self) -> Tensor:
+    def begin(self) -> Array:
         """The first observation (O) of a new episode."""
-        return torch.as_tensor(self.env.reset()[0], dtype=torch.float32)
+        return np.asarray(self.env.reset()[0], np.float32)
 
-    def step(self, action: int, next_obs: Tensor, reward: float, ending: Tensor, align: bool) -> tuple[Tensor, float, bool, bool]:
+    def step(self, action: int, next_obs: Array, reward: float, ending: Array, align: bool) -> tuple[Array, float, bool, bool]:
         """What the model imagined -> where the dream is re-aligned to (O), reward, terminated, truncated."""
         next_obs, reward, terminated, truncated, _ = self.env.step(action + int(self.env.action_space.start))
         self.run.real_steps += 1
-        return torch.as_tensor(next_obs, dtype=torch.float32), float(reward), terminated, truncated and not terminated
+        return np.asarray(next_obs, np.float32), float(reward), terminated, truncated and not terminated
 
     @staticmethod
-    def loss(logit: Tensor, terminated: Tensor) -> tuple[float, Tensor]:
+    def loss(logit: Array, terminated: Array) -> tuple[float, Array]:
         return 0.0, logit
 
 
@@ -116,32 +121,33 @@ class Imagined:
     logits = 1
 
     def __init__(self, run: "Run", data: "Data"):
-        self.first, self.known = data.first(), data.steps.obs[torch.linspace(0, len(data) - 1, min(4096, len(data))).long()]
+        self.first, self.known = data.first().numpy(), data.steps.obs[torch.linspace(0, len(data) - 1, min(4096, len(data))).long()].numpy()
         self.limit = data.envs[0].spec.max_episode_steps or math.inf
 
-    def begin(self) -> Tensor:
+    def begin(self) -> Array:
         self.age = 0
-        return self.first[torch.randint(len(self.first), (1,))[0]]
+        return self.first[torch.randint(len(self.first), ())]
 
-    def step(self, action: int, next_obs: Tensor, reward: float, ending: Tensor, align: bool) -> tuple[Tensor, float, bool, bool]:
+    def step(self, action: int, next_obs: Array, reward: float, ending: Array, align: bool) -> tuple[Array, float, bool, bool]:
         self.age += 1
-        terminated = bool(torch.rand(1) < ending.sigmoid())
+        terminated = bool(ending > torch.rand(()).logit().item())
         if align:
-            next_obs = self.known[(self.known - next_obs).square().sum(-1).argmin()]
+            next_obs = self.known[np.square(self.known - next_obs).sum(-1).argmin()]
         return next_obs, reward, terminated, self.age >= self.limit and not terminated
 
     @staticmethod
-    def loss(logit: Tensor, terminated: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(logit: Array, terminated: Array) -> tuple[float, Array]:
         """Negative log-likelihood of endings and its gradient, (B, 1) each."""
-        return F.binary_cross_entropy_with_logits(logit, terminated), (logit.sigmoid() - terminated) / len(logit)
+        p = (np.tanh(logit / 2) + 1) / 2
+        return (np.logaddexp(0, logit) - terminated * logit).sum() / len(logit), (p - terminated) / len(logit)
 
 
 # realign: the state (O) that re-alignment takes for the true one when a new episode has begun
-def state_of_the_old_episode(old: Tensor, first: Tensor) -> Tensor:
+def state_of_the_old_episode(old: Array, first: Array) -> Array:
     return old
 
 
-def first_of_the_new_episode(old: Tensor, first: Tensor) -> Tensor:
+def first_of_the_new_episode(old: Array, first: Array) -> Array:
     return first
 
 
@@ -155,12 +161,12 @@ def an_interruption(rollout: Rollout) -> Rollout:
 
 
 # action: how it enters the model, (B) -> (B, width)
-def a_number(actions: Tensor, num_actions: int) -> Tensor:
-    return actions[:, None].float()
+def a_number(actions: Array, num_actions: int) -> Array:
+    return actions[:, None].astype(np.float32)
 
 
-def one_hot(actions: Tensor, num_actions: int) -> Tensor:
-    return F.one_hot(actions, num_actions).float()
+def one_hot(actions: Array, num_actions: int) -> Array:
+    return np.eye(num_actions, dtype=np.float32)[actions]
 
 
 # scale: units, target and loss of the model
@@ -172,22 +178,19 @@ class Raw(nn.Module):
     def __init__(self, obs_dim: int):
         super().__init__()
 
-    def fit(self, obs: Tensor, target: Tensor):
-        pass
+    def fit(self, steps: Rollout) -> Array:
+        """Finds the units in real steps (n, ...). Returns what the network is to predict of them (n, K)."""
+        return torch.cat([steps.next_obs, steps.rewards[:, None]], -1).numpy()
 
-    def inputs(self, obs: Tensor) -> Tensor:
+    def inputs(self, obs: Array) -> Array:
         return obs
 
-    def target(self, obs: Tensor, next_obs: Tensor, rewards: Tensor) -> Tensor:
-        """(B, K)."""
-        return torch.cat([next_obs, rewards[:, None]], -1)
-
-    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, output: Array, target: Array) -> tuple[float, Array]:
         """The loss and its gradient (B, numbers * K)."""
         error = output - target
-        return error.abs().mean(), error.sign() / error.numel()
+        return abs(error).sum() / error.size, np.sign(error) / error.size
 
-    def predict(self, output: Tensor, obs: Tensor, noise: float) -> Tensor:
+    def predict(self, output: Array, obs: Array, noise: Array | float) -> Array:
         """Outputs of the network -> next_obs and reward (B, K)."""
         return output
 
@@ -200,27 +203,30 @@ class Normalised(nn.Module):
     def __init__(self, obs_dim: int):
         super().__init__()
         self.obs_scale, self.target_scale = Normaliser(obs_dim), Normaliser(obs_dim + 1)
+        self.units = arrays([*self.obs_scale.buffers(), *self.target_scale.buffers()])
 
-    def fit(self, obs: Tensor, target: Tensor):
-        self.obs_scale.fit(obs)
-        self.target_scale.fit(target)
+    def fit(self, steps: Rollout) -> Array:
+        change = torch.cat([steps.next_obs - steps.obs, steps.rewards[:, None]], -1)
+        self.obs_scale.fit(steps.obs)
+        self.target_scale.fit(change)
+        return self.target_scale(change).numpy()
 
-    def inputs(self, obs: Tensor) -> Tensor:
-        return self.obs_scale(obs)
+    def inputs(self, obs: Array) -> Array:
+        mean, std, *_ = self.units
+        return (obs - mean) / std
 
-    def target(self, obs: Tensor, next_obs: Tensor, rewards: Tensor) -> Tensor:
-        return torch.cat([next_obs - obs, rewards[:, None]], -1)
+    def loss(self, output: Array, target: Array) -> tuple[float, Array]:
+        error, logvar = output[:, : target.shape[1]] - target, output[:, target.shape[1] :]
+        by_mean = error * np.exp(-logvar)
+        squared = error * by_mean
+        return (squared + logvar).sum() / (2 * error.size), np.concatenate([by_mean, (1 - squared) / 2], -1) / error.size
 
-    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = output.chunk(2, -1)
-        error, precision = mean - self.target_scale(target), (-logvar).exp()
-        gradient = torch.cat([error * precision, (1 - error.square() * precision) / 2], -1) / error.numel()
-        return gaussian_error(error, logvar, beta=0).mean(), gradient
-
-    def predict(self, output: Tensor, obs: Tensor, noise: float) -> Tensor:
-        mean, logvar = output.chunk(2, -1)
-        change = self.target_scale.inverse(mean + noise * torch.randn_like(mean) * (logvar / 2).exp())
-        return change + F.pad(obs, (0, 1))
+    def predict(self, output: Array, obs: Array, noise: Array | float) -> Array:
+        output, logvar = np.split(output, 2, -1)
+        *_, mean, std = self.units
+        predicted = (output + noise * np.exp(logvar / 2)) * std + mean
+        predicted[:, :-1] += obs
+        return predicted
 
 
 # count: what is called a sample
@@ -233,13 +239,15 @@ def real_steps(run: "Run") -> int:
 
 
 # gradients: how they are kept small
-def each_number(parameters: list, limit: float):
-    for p in parameters:
-        p.grad.clamp_(-limit, limit)
+def each_number(gradients: list[Array], limit: float):
+    for gradient in gradients:
+        gradient.clip(-limit, limit, out=gradient)
 
 
-def the_norm(parameters: list, limit: float):
-    nn.utils.clip_grad_norm_(parameters, limit)
+def the_norm(gradients: list[Array], limit: float):
+    norm = math.sqrt(sum(gradient @ gradient for gradient in gradients))
+    for gradient in gradients:
+        gradient *= min(1, limit / (norm + 1e-6))
 
 
 # fmt: off
@@ -394,9 +402,13 @@ def play_episodes(run: "Run", agent: Agent, envs: list[gym.Env], what: str) -> R
         run.real_steps += len(alive)
         alive = [i for i in alive if not any(episodes[i][-1][4:])]
         run.tick()
-    columns = zip(*(step for episode in episodes for step in episode))
+    return together([step for episode in episodes for step in episode])
+
+
+def together(steps: list[tuple]) -> Rollout:
+    """Steps as tuples, one field of a Rollout each -> one Rollout (n, ...)."""
     types = torch.float32, torch.int64, torch.float32, torch.float32, torch.bool, torch.bool
-    return Rollout(*(torch.as_tensor(np.array(column), dtype=kind) for column, kind in zip(columns, types)))
+    return Rollout(*(torch.as_tensor(np.array(column), dtype=kind) for column, kind in zip(zip(*steps), types)))
 
 
 def mean_return(steps: Rollout) -> float:
@@ -405,31 +417,46 @@ def mean_return(steps: Rollout) -> float:
 
 # ---------------------------------------------------------------------------------------------------------- networks by hand
 
-# Autograd takes three times as long with networks so small, and a run fits half a million minibatches. A network is the pair's `mlp`.
+
+def arrays(tensors) -> list[Array]:
+    """The same memory in numpy's eyes: what changes here changes there."""
+    return [x.detach().numpy() for x in tensors]
 
 
-def flatten(net: nn.Sequential) -> nn.Parameter:
-    """All weights as one vector, of which the network's own become views: an optimiser has one tensor to update instead of six."""
-    flat = nn.Parameter(parameters_to_vector(net.parameters()).detach())
-    vector_to_parameters(flat.data, net.parameters())
-    return flat
+def forward(weights: list, x: Array) -> tuple[Array, Array, Array, Array]:
+    """The pair's `mlp`, its weights as `arrays`: (B, inputs) -> the same, both hidden layers, output (B, outputs)."""
+    w1, b1, w2, b2, w3, b3 = weights
+    below = np.tanh(x @ w1.T + b1)
+    top = np.tanh(below @ w2.T + b2)
+    return x, below, top, top @ w3.T + b3
 
 
-@torch.no_grad()
-def forward(net: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B, inputs) -> the same, both hidden layers, output (B, outputs)."""
-    below = net[0](x).tanh_()
-    top = net[2](below).tanh_()
-    return x, below, top, net[4](top)
-
-
-@torch.no_grad()
-def backward(net: nn.Sequential, x: Tensor, below: Tensor, top: Tensor, by_output: Tensor) -> Tensor:
-    """What `forward` returned and a gradient by the output (B, outputs) -> the gradient by the flat weights."""
-    by_top = torch.ops.aten.tanh_backward(by_output @ net[4].weight, top)
-    by_below = torch.ops.aten.tanh_backward(by_top @ net[2].weight, below)
+def backward(weights: list, gradient: Array, x: Array, below: Array, top: Array, by_output: Array):
+    """What `forward` returned and a gradient by the output (B, outputs) -> into `gradient`, that by all weights as one vector."""
+    by_top = by_output @ weights[4] * (1 - top * top)
+    by_below = by_top @ weights[2] * (1 - below * below)
     layers = (by_below, x), (by_top, below), (by_output, top)
-    return torch.cat([part.flatten() for by, before in layers for part in (by.T @ before, by.sum(0))])
+    np.concatenate([part.ravel() for by, before in layers for part in (by.T @ before, by.sum(0))], out=gradient)
+
+
+def update(optimizer: torch.optim.Adam):
+    """`optimizer.step()` for flat weights, with the same state: what torch does around its own takes more time than all of this."""
+    for group in optimizer.param_groups:
+        (p,), (beta1, beta2) = group["params"], group["betas"]
+        if p not in optimizer.state:
+            optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        weights, gradient, step, mean, square = arrays([p, p.grad, *optimizer.state[p].values()])
+        step += 1
+        mean += (1 - beta1) * (gradient - mean)
+        square += (1 - beta2) * (gradient * gradient - square)
+        std = np.sqrt(square / (1 - beta2 ** float(step)))
+        weights -= group["lr"] / (1 - beta1 ** float(step)) * mean / (std + group["eps"])
+
+
+def minibatches(columns: list, size: int):
+    """One pass in random order over arrays (n, ...): minibatches (B, ...) of all of them together."""
+    order = torch.randperm(len(columns[0])).numpy()
+    return zip(*(np.split(x[order], range(size, len(order), size)) for x in columns))
 
 
 # ----------------------------------------------------------------------------------------------------------------- the model
@@ -442,79 +469,72 @@ class Model(nn.Module):
         super().__init__()
         self.num_actions, self.encode, self.scale, self.endings = num_actions, way.action, way.scale(obs_dim), way.endings
         self.numbers = self.scale.numbers * (obs_dim + 1)
-        width = self.encode(torch.zeros(1, dtype=torch.int64), num_actions).shape[1]
+        width = self.encode(np.zeros(1, int), num_actions).shape[1]
         self.net = mlp(obs_dim + width, hidden, self.numbers + self.endings.logits, last_gain=math.sqrt(2))
         self.flat = [flatten(self.net)]
+        self.weights, self.gradient = arrays(self.net.parameters()), self.flat[0].grad.numpy()
 
-    def inputs(self, obs: Tensor, actions: Tensor) -> Tensor:
+    def inputs(self, obs: Array, actions: Array) -> Array:
         """(B, O) and (B) -> (B, inputs)."""
-        return torch.cat([self.scale.inputs(obs), self.encode(actions, self.num_actions)], -1)
+        return np.concatenate([self.scale.inputs(obs), self.encode(actions, self.num_actions)], -1)
 
-    @torch.no_grad()
-    def backpropagate(self, inputs: Tensor, target: Tensor, terminated: Tensor) -> Tensor:
+    def backpropagate(self, inputs: Array, target: Array, terminated: Array) -> float:
         """Inputs (B, inputs), target (B, K), terminated (B, 1) -> the loss, and its gradient in .grad of the flat weights."""
-        *layers, output = forward(self.net, inputs)
-        numbers, logit = output.tensor_split([self.numbers], -1)
-        loss, by_numbers = self.scale.loss(numbers, target)
-        loss_of_endings, by_logit = self.endings.loss(logit, terminated)
-        self.flat[0].grad = backward(self.net, *layers, torch.cat([by_numbers, by_logit], -1))
+        *layers, output = forward(self.weights, inputs)
+        loss, by_numbers = self.scale.loss(output[:, : self.numbers], target)
+        loss_of_endings, by_logit = self.endings.loss(output[:, self.numbers :], terminated)
+        backward(self.weights, self.gradient, *layers, np.concatenate([by_numbers, by_logit], -1))
         return loss + loss_of_endings
 
-    @torch.no_grad()
-    def imagine(self, obs: Tensor, actions: Tensor, noise: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, O) and (B) -> next_obs (B, O), reward (B), logit that the episode ends (B, logits)."""
-        output = self.net(self.inputs(obs, actions))
+    def imagine(self, obs: Array, actions: Array, noise: Array | float) -> tuple[Array, Array, Array]:
+        """(B, O), (B), standard normal noise (B, K) or 0 -> next_obs (B, O), reward (B), logit that the episode ends (B, logits)."""
+        *_, output = forward(self.weights, self.inputs(obs, actions))
         predicted = self.scale.predict(output[:, : self.numbers], obs, noise)
         return predicted[:, :-1], predicted[:, -1], output[:, self.numbers :]
 
 
 def fit(run: "Run", model: Model, optimizer, steps: Rollout, updates: int) -> float:
     """So many minibatches of `wm_batch`, in passes over shuffled real steps (n, ...). Returns the mean loss over the last tenth of them."""
-    s, losses = run.settings, []
-    target = model.scale.target(steps.obs, steps.next_obs, steps.rewards)
-    model.scale.fit(steps.obs, target)
-    known = model.inputs(steps.obs, steps.actions), target, steps.terminated[:, None].float()
+    s, losses, target = run.settings, [], model.scale.fit(steps)
+    known = model.inputs(steps.obs.numpy(), steps.actions.numpy()), target, steps.terminated[:, None].float().numpy()
     while len(losses) < updates:
-        shuffled = torch.randperm(len(target))
-        for batch in zip(*(x[shuffled].split(s.wm_batch) for x in known), range(updates - len(losses))):
-            losses.append(model.backpropagate(*batch[:3]))
-            run.way.gradients(model.flat, s.max_grad)
-            optimizer.step()
+        for batch, _ in zip(minibatches(known, s.wm_batch), range(updates - len(losses))):
+            losses.append(model.backpropagate(*batch))
+            run.way.gradients([model.gradient], s.max_grad)
+            update(optimizer)
             run.tick()
-    return float(torch.stack(losses[-math.ceil(updates / s.wm_passes) :]).mean())
+    return float(np.mean(losses[-math.ceil(updates / s.wm_passes) :]))
 
 
 def measure(model: Model, steps: Rollout, length: int = 20) -> dict[str, float | None]:
     """Errors of the model on episodes it was not fitted to, in the units of the pair; open loop: after 20 steps under the recorded actions."""
+    steps = Rollout(*arrays(steps))
     over = steps.terminated | steps.truncated
     columns = ~((steps.obs == 0) | (steps.obs == 1)).all(0)
-    std = (steps.next_obs - steps.obs)[:, columns].std(0).clamp(min=1e-9)
+    std = (steps.next_obs - steps.obs)[:, columns].std(0, ddof=1).clip(min=1e-9)
 
-    def rmse(predicted, real):
-        return float((((predicted - real)[:, columns] / std).square().mean()).sqrt())
+    def rmse(error):
+        return float(np.sqrt(np.square(error).mean()))
 
     next_obs, reward, _ = model.imagine(steps.obs, steps.actions, noise=0)
-    size = (steps.rewards - steps.rewards.median()).abs()
-    tail = size >= quantiles(size, 0.99)[0]
-    log = {"wm/error_1step": rmse(next_obs, steps.next_obs), "wm/error_openloop": None}
-    log |= {"wm/reward_rmse": float((reward - steps.rewards).square().mean().sqrt())}
-    log |= {"wm/reward_tail_rmse": float((reward - steps.rewards)[tail].square().mean().sqrt())}
+    wrong, size = reward - steps.rewards, abs(steps.rewards - np.median(steps.rewards))
+    log = {"wm/error_1step": rmse((next_obs - steps.next_obs)[:, columns] / std), "wm/error_openloop": None}
+    log |= {"wm/reward_rmse": rmse(wrong), "wm/reward_tail_rmse": rmse(wrong[size >= np.quantile(size, 0.99, method="nearest")])}
 
-    episode = over.cumsum(0) - over.int()
-    start = (episode[length - 1 :] == episode[: len(episode) - length + 1]).nonzero()[:, 0]
+    episode = over.cumsum() - over
+    (start,) = (episode[length - 1 :] == episode[: len(episode) - length + 1]).nonzero()
     if len(start):
-        start = start[torch.linspace(0, len(start) - 1, min(512, len(start))).long()]
+        start = start[np.linspace(0, len(start) - 1, min(512, len(start))).astype(int)]
         obs = steps.obs[start]
         for k in range(length):
             obs, _, _ = model.imagine(obs, steps.actions[start + k], noise=0)
-        log["wm/error_openloop"] = rmse(obs, steps.next_obs[start + length - 1])
+        log["wm/error_openloop"] = rmse((obs - steps.next_obs[start + length - 1])[:, columns] / std)
     return log
 
 
 # ------------------------------------------------------------------------------------------------------------------- dreams
 
 
-@torch.no_grad()
 def dream(run: "Run", agent: Agent, model: Model, data: Data) -> tuple[Rollout, Tensor]:
     """One dream of `dream_steps`, episode after episode: its Rollout (T, 1, ...) and the observations (T, 1, O) at which the agent acted.
 
@@ -523,15 +543,18 @@ def dream(run: "Run", agent: Agent, model: Model, data: Data) -> tuple[Rollout, 
     s, way, rows, acted = run.settings, run.way, [], []
     world = way.endings(run, data)
     obs = truth = world.begin()
+    actor, luck = arrays(agent.actor.parameters()), torch.empty(s.dream_steps, model.num_actions).exponential_().log_().numpy()
+    noise = torch.randn(s.dream_steps, 1, len(obs) + 1).numpy()
     for t in range(s.dream_steps):
-        action = agent.act(obs[None], s.temperature)
-        (next_obs,), (reward,), (ending,) = model.imagine(obs[None], action)
+        *_, (logits,) = forward(actor, obs[None])
+        action = (logits / s.temperature - luck[t]).argmax()  # as in `Agent.act`, whose normaliser is never fitted here
+        (next_obs,), (reward,), (ending,) = model.imagine(obs[None], action[None], noise[t])
         align = (t + 1) % s.realign == 0
         true_obs, true_reward, terminated, truncated = world.step(int(action), next_obs, float(reward), ending, align)
         acted.append(obs)
         if align:
             obs, reward, next_obs = truth, true_reward, true_obs
-        rows.append((obs, int(action), float(reward), next_obs, terminated, truncated))
+        rows.append((obs, action, reward, next_obs, terminated, truncated))
         if terminated or truncated:
             obs = world.begin()
             truth = way.realign(truth, obs)
@@ -539,39 +562,44 @@ def dream(run: "Run", agent: Agent, model: Model, data: Data) -> tuple[Rollout, 
             obs, truth = next_obs, true_obs
         run.imagined_steps += 1
         run.tick()
-    obs, actions, rewards, next_obs, terminated, truncated = zip(*rows)
-    numbers = (torch.tensor(x) for x in (actions, rewards))
-    flags = (torch.tensor(x) for x in (terminated, truncated))
-    steps = torch.stack(obs), *numbers, torch.stack(next_obs), *flags
-    return Rollout(*(x[:, None] for x in steps)), torch.stack(acted)[:, None]
+    return Rollout(*(x[:, None] for x in together(rows))), torch.from_numpy(np.array(acted))[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- PPO
 
 
-def ppo_loss(logits, value, actions, old_logprobs, old_values, advantages, returns, s: Settings, way) -> tuple[Tensor, dict]:
-    """The pair's `ppo_loss` with the departures in it, on the agent's logits (B, A) and values and a minibatch, all others (B)."""
-    logprobs = (logits / s.temperature).log_softmax(-1)
-    acting = (logits / way.temperature(s.temperature)).log_softmax(-1).gather(-1, actions[:, None])[:, 0]
-    ratio = way.ratio(acting, old_logprobs)
-    advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-    policy_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - s.clip, 1 + s.clip)).mean()
-    clipped = way.clip(value, old_values, returns, s.value_clip)
-    value_loss = torch.max((value - returns).square(), (clipped - returns).square()).mean() / 2
-    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-    loss = policy_loss + s.value_coef * value_loss + way.entropy(entropy, s.entropy_coef)
-    with torch.no_grad():
-        logratio = acting - old_logprobs
-        approx_kl = (logratio.exp() - 1 - logratio).mean()  # Schulman (2020), k3
-        clip_fraction = ((ratio - 1).abs() > s.clip).float().mean()
-    log = {"ppo/approx_kl": approx_kl, "ppo/entropy": entropy, "ppo/clip_fraction": clip_fraction}
-    return loss, {name: x.detach() for name, x in (log | {"ppo/value_loss": value_loss, "ppo/loss": loss}).items()}
+def ppo_loss(logits, value, actions, old_logprobs, old_values, advantages, returns, s: Settings, way) -> tuple[Array, Array, Array]:
+    """The pair's `ppo_loss` with the departures in it, on the agent's logits (B, A) and values and a minibatch, all others (B).
+
+    Returns the numbers named in PPO_INFO, the loss first, and its gradients by logits (B, A) and value (B).
+    """
+    B, rows, temperature = len(actions), np.arange(len(actions)), way.temperature(s.temperature)
+    both = np.stack([logits / temperature, logits / s.temperature])
+    both -= both.max(-1, keepdims=True)
+    acting, logprobs = both - np.log(np.exp(both).sum(-1, keepdims=True))
+    p, logprob = np.exp(logprobs), acting[rows, actions]
+    ratio, slope = way.ratio(logprob, old_logprobs)
+    advantages = advantages - advantages.mean()
+    advantages /= np.sqrt(advantages @ advantages / B) + 1e-8
+    free, clipped = advantages * ratio, advantages * ratio.clip(1 - s.clip, 1 + s.clip)
+    entropy, weight = -(p * logprobs).sum(-1), way.entropy(s.entropy_coef)
+    error, change = value - returns, value - way.clip(old_values, returns)
+    squared, clipped_squared = error**2, (error - (change - change.clip(-s.value_clip, s.value_clip))) ** 2
+
+    by_logprob = np.where(free <= clipped, -advantages * slope, 0)  # what is clipped can't move
+    by_logits = -np.exp(acting) * by_logprob[:, None]
+    by_logits[rows, actions] += by_logprob
+    by_logits = by_logits / temperature - p * (logprobs + entropy[:, None]) * (weight / s.temperature)
+    by_value = s.value_coef * np.where(squared >= clipped_squared, error, 0)
+
+    value_loss, logratio = np.maximum(squared, clipped_squared) / 2, logprob - old_logprobs
+    loss = s.value_coef * value_loss + weight * entropy - np.minimum(free, clipped)
+    approx_kl = np.exp(logratio) - 1 - logratio  # Schulman (2020), k3
+    return np.stack([loss, approx_kl, entropy, abs(ratio - 1) > s.clip, value_loss]).mean(-1), by_logits / B, by_value / B
 
 
-def ppo_update(
-    agent: Agent, flat: list, optimizer, rollout: Rollout, acted: Tensor, s: Settings, way, tick=lambda: None
-) -> tuple[dict, float]:
-    """`passes` over a Rollout (T, N, ...) whose actions were drawn at `acted` (T, N, O); `flat` are the weights of actor and critic.
+def ppo_update(agent: Agent, optimizer, rollout: Rollout, acted: Tensor, s: Settings, way, tick=lambda: None) -> tuple[dict, float]:
+    """`passes` over a Rollout (T, N, ...) whose actions were drawn at `acted` (T, N, O); `optimizer` updates actor and critic, both flattened.
 
     Returns means over all minibatches, and the mean loss of the last pass.
     """
@@ -579,25 +607,24 @@ def ppo_update(
         logprobs = agent.logprobs(acted, way.temperature(s.temperature)).gather(-1, rollout.actions[..., None])[..., 0]
         values, next_values = agent.value(acted), agent.value(rollout.next_obs)
         advantages, returns = compute_gae(way.timeout(rollout), values, next_values, s.gamma, s.gae_lambda)
-    inputs = agent.normaliser(rollout.obs).flatten(0, 1)
-    batch = [x.flatten() for x in (rollout.actions, logprobs, values, advantages, returns)]
-    size, logs = len(inputs), []
+    inputs, infos = agent.normaliser(rollout.obs), []
+    known = arrays(x.flatten(0, 1) for x in (inputs, rollout.actions, logprobs, values, advantages, returns))
+    actor, critic = arrays(agent.actor.parameters()), arrays(agent.critic.parameters())
+    gradients = arrays(group["params"][0].grad for group in optimizer.param_groups)
     for _ in range(s.passes):
-        for index in torch.randperm(size).split(s.minibatch):
-            *actor, logits = forward(agent.actor, inputs[index])
-            *critic, value = forward(agent.critic, inputs[index])
-            logits.requires_grad_(), value.requires_grad_()
-            loss, log = ppo_loss(logits, value[:, 0], *(x[index] for x in batch), s, way)
-            by_logits, by_value = torch.autograd.grad(loss, (logits, value))
-            flat[0].grad, flat[1].grad = backward(agent.actor, *actor, by_logits), backward(agent.critic, *critic, by_value)
-            way.gradients(flat, s.max_grad)
-            optimizer.step()
-            logs.append(torch.stack(list(log.values())))
+        for obs, *batch in minibatches(known, s.minibatch):
+            *actor_layers, logits = forward(actor, obs)
+            *critic_layers, value = forward(critic, obs)
+            info, by_logits, by_value = ppo_loss(logits, value[:, 0], *batch, s, way)
+            backward(actor, gradients[0], *actor_layers, by_logits)
+            backward(critic, gradients[1], *critic_layers, by_value[:, None])
+            way.gradients(gradients, s.max_grad)
+            update(optimizer)
+            infos.append(info)
             tick()
-    logs = torch.stack(logs)
-    means = dict(zip(log, logs.mean(0).tolist()))
+    means = dict(zip(PPO_INFO, np.mean(infos, 0).tolist()))
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
-    return means | {"ppo/explained_variance": 1 - float(unexplained)}, float(logs[-math.ceil(size / s.minibatch) :, -1].mean())
+    return means | {"ppo/explained_variance": 1 - float(unexplained)}, float(np.mean(infos[-len(infos) // s.passes :], 0)[0])
 
 
 # --------------------------------------------------------------------------------------------------------- the training loop
@@ -618,6 +645,7 @@ class Run(ppo_mbrl.Run):
         return self.iteration < self.settings.epochs and not self.stopped
 
 
+@np.errstate(over="ignore", invalid="ignore")  # `Run.check` finds what is not finite
 def train(run: Run):
     """Dream, improve the policy, gather, fit, repeat. The first dream is that of a model that has seen nothing yet."""
     s, way = run.settings, run.way
@@ -627,9 +655,8 @@ def train(run: Run):
     agent.actor = mlp(sizes[0], s.hidden, sizes[1], last_gain=math.sqrt(2))
     agent.critic = mlp(sizes[0], s.hidden, 1, last_gain=math.sqrt(2))
     model, data = Model(*sizes, s.hidden, way), Data(envs, way.replay)
-    flat = [flatten(agent.actor), flatten(agent.critic)]
-    groups = [dict(params=[weights], lr=lr) for weights, lr in zip(flat, (s.lr_actor, s.lr_critic))]
-    optimizer, wm_optimizer = torch.optim.Adam(groups, fused=True), torch.optim.Adam(model.flat, s.wm_lr, fused=True)
+    groups = [dict(params=[flatten(net)], lr=lr) for net, lr in ((agent.actor, s.lr_actor), (agent.critic, s.lr_critic))]
+    optimizer, wm_optimizer = torch.optim.Adam(groups), torch.optim.Adam(model.flat, s.wm_lr)
     plateau, wm_plateau = (ReduceLROnPlateau(x, factor=s.lr_factor, patience=10, min_lr=1e-5) for x in (optimizer, wm_optimizer))
     parts = dict(agent=agent, optimizer=optimizer, plateau=plateau, wm=model, wm_optimizer=wm_optimizer, wm_plateau=wm_plateau, data=data)
     run.begin(agent.greedy, policy=agent, parts=parts)
@@ -640,7 +667,7 @@ def train(run: Run):
             run.phase("dreaming")
             rollout, acted = dream(run, agent, model, data)
             run.phase("learning")
-            log, loss = ppo_update(agent, flat, optimizer, rollout, acted, s, way, run.tick)
+            log, loss = ppo_update(agent, optimizer, rollout, acted, s, way, run.tick)
             log |= fates(rollout, usual=0.0)
             plateau.step(loss)
         run.phase("gathering")

@@ -84,6 +84,13 @@ def minibatch(B: int = 64) -> tuple:
     return torch.randn(B, 4, generator=rng), torch.randint(2, (B,), generator=rng), -numbers[0].abs(), *numbers[1:]
 
 
+def loss_of(agent, obs, *batch, departures: str, **settings) -> dict[str, float]:
+    """What `ppo_loss` says of an agent on a minibatch."""
+    batch = [x.detach().numpy() for x in (agent.logits(obs), agent.value(obs), *batch)]
+    info, _, _ = as_published.ppo_loss(*batch, Settings(**settings), choose(departures))
+    return dict(zip(ppo_mbrl.PPO_INFO, info.tolist()))
+
+
 # ------------------------------------------------------------------------------------------------------------ the departures
 
 
@@ -99,9 +106,8 @@ def test_each_switch_turns_one_departure_and_no_other(name):
 @pytest.mark.parametrize("p, old", [(0.5, 0.25), (0.1, 0.9), (1.0, 1e-6)])
 def test_the_published_ratio_is_that_of_probabilities_and_never_beyond_e(p, old):
     published, textbook = DEPARTURES["ratio"]
-    logprob, old_logprob = torch.tensor(p).log(), torch.tensor(old).log()
-    assert float(published(logprob, old_logprob)) == pytest.approx(math.exp(p - old), rel=1e-5) and math.exp(p - old) <= math.e
-    assert float(textbook(logprob, old_logprob)) == pytest.approx(p / old, rel=1e-5)
+    assert published(math.log(p), math.log(old))[0] == pytest.approx(math.exp(p - old), rel=1e-5) and math.exp(p - old) <= math.e
+    assert textbook(math.log(p), math.log(old))[0] == pytest.approx(p / old, rel=1e-5)
 
 
 @pytest.mark.parametrize("departures, uniform_is_better", [("all", False), (all_but("entropy"), True)])
@@ -113,30 +119,19 @@ def test_the_published_loss_falls_with_the_entropy_and_the_textbooks_rises(depar
         with torch.no_grad():
             agent.actor[-1].weight.copy_(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)) * sharpness)
         same = torch.zeros(len(obs)), agent.value(obs).detach()  # equal advantages and no value error: entropy alone is left
-        losses.append(
-            as_published.ppo_loss(
-                agent.logits(obs), agent.value(obs), actions, old, same[1], *same, Settings(entropy_coef=1), choose(departures)
-            )[0].item()
-        )
+        losses.append(loss_of(agent, obs, actions, old, same[1], *same, departures=departures, entropy_coef=1)["ppo/loss"])
     assert (losses[0] < losses[1]) == uniform_is_better
 
 
 def test_the_published_value_clipping_does_nothing_and_the_textbooks_is_that_of_a_loop():
     agent, (obs, actions, old, values, advantages, returns) = ppo_mbrl.Agent(4, 2, 8), minibatch()
-    s = Settings(value_clip=0.3, env_id="CartPole-v1")
     value = agent.value(obs).tolist()
     loop = 0.0
     for v, o, r in zip(value, values.tolist(), returns.tolist()):
         loop += max((v - r) ** 2, (o + min(max(v - o, -0.3), 0.3) - r) ** 2) / len(obs) / 2
     plain = sum((v - r) ** 2 for v, r in zip(value, returns.tolist())) / len(obs) / 2
-    found = [
-        float(
-            as_published.ppo_loss(agent.logits(obs), agent.value(obs), actions, old, values, advantages, returns, s, choose(d))[1][
-                "ppo/value_loss"
-            ]
-        )
-        for d in ("all", all_but("clip"))
-    ]
+    batch = agent, obs, actions, old, values, advantages, returns
+    found = [loss_of(*batch, departures=d, value_clip=0.3)["ppo/value_loss"] for d in ("all", all_but("clip"))]
     assert found == pytest.approx([plain, loop], rel=1e-5) and loop > 1.01 * plain
 
 
@@ -147,15 +142,11 @@ def test_the_published_ratio_forgets_the_temperature_at_which_actions_are_drawn(
         agent.actor[-1].weight.mul_(300)
         logprobs = agent.logprobs(obs, temperature).gather(-1, actions[:, None])[:, 0]
     zeros = torch.zeros(len(obs))
-    _, log = as_published.ppo_loss(
-        agent.logits(obs), agent.value(obs), actions, logprobs, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures)
-    )
-    assert abs(float(log["ppo/approx_kl"])) < 1e-6  # no change of policy is seen at the temperature it should have
+    log = loss_of(agent, obs, actions, logprobs, zeros, zeros, zeros, departures=departures, temperature=2.0)
+    assert abs(log["ppo/approx_kl"]) < 1e-6  # no change of policy is seen at the temperature it should have
     other = agent.logprobs(obs, 3 - temperature).gather(-1, actions[:, None])[:, 0].detach()
-    _, log = as_published.ppo_loss(
-        agent.logits(obs), agent.value(obs), actions, other, zeros, zeros, zeros, Settings(temperature=2.0), choose(departures)
-    )
-    assert float(log["ppo/approx_kl"]) > 1e-3
+    log = loss_of(agent, obs, actions, other, zeros, zeros, zeros, departures=departures, temperature=2.0)
+    assert log["ppo/approx_kl"] > 1e-3
 
 
 def test_the_published_replay_forgets_all_but_the_newest_episodes():
@@ -189,6 +180,24 @@ def test_the_published_dream_ends_where_the_real_environment_does_and_the_textbo
                     model.net[-1].bias[-1] = logit
             found.append(float(dream(run, agent, model, data)[0].terminated.float().mean()))
         assert 0.005 < found[0] < 0.2 and found[1] == share
+
+
+@pytest.mark.parametrize("departures", ["all", all_but("endings")])
+def test_actions_in_dreams_are_those_of_the_agent_at_its_temperature_and_endings_as_likely_as_the_model_says(departures):
+    run = FakeRun(departures, dream_steps=2000, temperature=2.0)
+    agent, model, data = parts_of(run)
+    with torch.no_grad():
+        agent.actor[-1].weight.mul_(300)
+        if departures != "all":
+            model.net[-1].weight[-1], model.net[-1].bias[-1] = 0, -1
+    rollout, acted = dream(run, agent, model, data)
+    p = agent.logprobs(acted, 2.0).exp()[:, 0, 1].detach()
+    error = (rollout.actions[:, 0] - p) / (p * (1 - p)).sqrt()  # mean 0 and variance 1, whatever p is, if p is right
+    assert (
+        0.1 < p.std() and abs(float(error.mean())) < 4 / 2000**0.5 and abs(float((error * (p - p.mean())).mean() / p.std())) < 4 / 2000**0.5
+    )
+    if departures != "all":
+        assert float(rollout.terminated.float().mean()) == pytest.approx(1 / (1 + math.e), abs=0.04)
 
 
 @pytest.mark.parametrize("departures, stale", [("all", True), (all_but("realign"), False), ("", False), ("realign", True)])
@@ -226,7 +235,7 @@ def test_a_published_time_out_is_worth_nothing_and_the_textbooks_its_future():
 
 
 def test_the_published_action_is_one_number_and_the_textbooks_one_hot():
-    published, textbook = (way(torch.tensor([3, 0]), 4).tolist() for way in DEPARTURES["action"])
+    published, textbook = (way(np.array([3, 0]), 4).tolist() for way in DEPARTURES["action"])
     assert published == [[3.0], [0.0]] and textbook == [[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
 
 
@@ -234,13 +243,23 @@ def test_both_scales_get_back_what_they_were_told():
     steps = some_steps()
     for way in DEPARTURES["scale"]:
         scale = way(3)
-        target = scale.target(steps.obs, steps.next_obs, steps.rewards)
-        scale.fit(steps.obs, target)
-        perfect = target if way is as_published.Raw else torch.cat([scale.target_scale(target), torch.zeros_like(target)], -1)
-        predicted = scale.predict(perfect, steps.obs, noise=0)
+        target, obs = scale.fit(steps), steps.obs.numpy()
+        perfect = target if way is as_published.Raw else np.concatenate([target, np.zeros_like(target)], -1)
+        predicted = torch.from_numpy(scale.predict(perfect, obs, noise=0))
         torch.testing.assert_close(predicted, torch.cat([steps.next_obs, steps.rewards[:, None]], -1), atol=1e-4, rtol=1e-4)
-        inputs = scale.inputs(steps.obs)
-        assert torch.allclose(inputs.std(0, correction=0), torch.ones(3), atol=1e-5) == (way is as_published.Normalised)
+        assert np.allclose(scale.inputs(obs).std(0), 1, atol=1e-5) == (way is as_published.Normalised)
+
+
+def test_noise_in_the_textbooks_dreams_has_the_standard_deviation_that_the_model_predicts():
+    steps, noise = some_steps(), np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    for way in DEPARTURES["scale"]:
+        scale = way(3)
+        scale.fit(steps)
+        output = np.random.default_rng(1).normal(size=(50, 4 * way.numbers)).astype(np.float32)
+        moved = scale.predict(output, steps.obs.numpy(), noise) - scale.predict(output, steps.obs.numpy(), 0)
+        change = torch.cat([steps.next_obs - steps.obs, steps.rewards[:, None]], -1)
+        expected = noise * np.exp(output[:, 4:] / 2) * change.std(0, correction=0).numpy() if way is as_published.Normalised else 0 * moved
+        np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_published_samples_are_imagined_steps_and_the_textbooks_real_ones(tmp_path, monkeypatch):
@@ -254,10 +273,12 @@ def test_the_published_samples_are_imagined_steps_and_the_textbooks_real_ones(tm
 def test_published_gradients_are_clipped_one_by_one_and_the_textbooks_by_their_norm():
     found = []
     for way in DEPARTURES["gradients"]:
-        x = torch.nn.Parameter(torch.zeros(3))
-        x.grad = torch.tensor([3.0, -4.0, 0.1])
-        way([x], 0.5)
-        found.append(x.grad.tolist())
+        both = np.array([3.0, -4.0]), np.array([0.1])
+        way(both, 0.5)
+        found.append(np.concatenate(both).tolist())
+        small = np.array([0.1, -0.2])
+        way([small], 0.5)
+        assert small.tolist() == [0.1, -0.2]
     norm = math.sqrt(9 + 16 + 0.01)
     assert found[0] == pytest.approx([0.5, -0.5, 0.1]) and found[1] == pytest.approx([1.5 / norm, -2 / norm, 0.05 / norm], rel=1e-4)
 
@@ -281,11 +302,12 @@ def test_with_all_departures_mended_an_update_is_that_of_the_pair(temperature):
     for textbook in (True, False):
         torch.manual_seed(3)
         agent = ppo_mbrl.Agent(4, 2, 8).double()
-        flat = [as_published.flatten(net) for net in (agent.actor, agent.critic)] if textbook else [flatten(agent)]
-        optimizer = torch.optim.Adam(flat, lr=1e-2, fused=True)
+        flat = [flatten(agent.actor), flatten(agent.critic)] if textbook else [flatten(agent)]
         if textbook:
-            logs.append(as_published.ppo_update(agent, flat, optimizer, rollout, rollout.obs, ours, choose(""))[0])
+            optimizer = torch.optim.Adam([dict(params=[weights]) for weights in flat], lr=1e-2)
+            logs.append(as_published.ppo_update(agent, optimizer, rollout, rollout.obs, ours, choose(""))[0])
         else:
+            optimizer = torch.optim.Adam(flat, lr=1e-2)
             logs.append(ppo_mbrl.ppo_update(agent, optimizer, rollout, pairs, temperature))
         agents.append(agent.state_dict())
     for name in agents[0]:
@@ -305,38 +327,108 @@ def test_each_departure_of_ppo_changes_the_update(name):
     for departures in ("", name):
         torch.manual_seed(3)
         agent = ppo_mbrl.Agent(4, 2, 8)
-        flat = [as_published.flatten(agent.actor), as_published.flatten(agent.critic)]
-        optimizer = torch.optim.Adam(flat, lr=3e-2)
-        as_published.ppo_update(
-            agent, flat, optimizer, rollout, rollout.obs, Settings(passes=3, minibatch=16, entropy_coef=0.1), choose(departures)
-        )
+        optimizer = torch.optim.Adam([dict(params=[flatten(net)]) for net in (agent.actor, agent.critic)], lr=3e-2)
+        s = Settings(passes=3, minibatch=16, entropy_coef=0.1)
+        as_published.ppo_update(agent, optimizer, rollout, rollout.obs, s, choose(departures))
         updated.append(torch.cat([p.flatten() for p in agent.parameters()]))
     assert not torch.equal(*updated)
+
+
+OF_THE_LOSS = "ratio", "entropy", "clip", "temperature"
+
+
+@pytest.mark.parametrize("departures", ["all", "", *OF_THE_LOSS, *map(all_but, OF_THE_LOSS)])
+def test_the_gradient_of_the_ppo_loss_by_hand_is_autograds(departures):
+    on, s = as_published.names(departures), Settings(entropy_coef=0.2, value_coef=0.7, clip=0.1, value_clip=0.5, temperature=2.0)
+    rng = torch.Generator().manual_seed(4)
+    logits, (value, old_values, advantages, returns) = (torch.randn(*shape, generator=rng).double() for shape in ((200, 4), (4, 200)))
+    logits, value, actions = logits.requires_grad_(), value.requires_grad_(), torch.randint(4, (200,), generator=rng)
+
+    temperature = 1.0 if "temperature" in on else 2.0
+    new = (logits / temperature).log_softmax(-1).gather(-1, actions[:, None])[:, 0]
+    old = new.detach() + torch.randn(200, generator=rng) / 5
+    ratio = (new.exp() - old.exp()).exp() if "ratio" in on else (new - old).exp()
+    A = (advantages - advantages.mean()) / advantages.std(correction=0)
+    centre = returns if "clip" in on else old_values
+    errors = (value - returns).square(), (centre + (value - centre).clamp(-0.5, 0.5) - returns).square()
+    entropy = torch.distributions.Categorical(logits=logits / 2).entropy().mean()
+    expected = 0.7 * torch.max(*errors).mean() / 2 - torch.min(A * ratio, A * ratio.clamp(0.9, 1.1)).mean()
+    expected = expected + (0.2 if "entropy" in on else -0.2) * entropy
+
+    known = [x.detach().numpy() for x in (logits, value, actions, old, old_values, advantages, returns)]
+    info, *by_hand = as_published.ppo_loss(*known, s, choose(departures))
+    clipped, kl = ((ratio - 1).abs() > 0.1).double().mean(), ((new - old).exp() - 1 - (new - old)).mean()
+    assert info == pytest.approx([x.item() for x in (expected, kl, entropy, clipped, torch.max(*errors).mean() / 2)], rel=1e-6)
+    assert 0.05 < clipped < 0.95 and ("clip" in on or (errors[0] < errors[1]).double().mean() > 0.05)  # both sides of each are seen
+    for found, autograds in zip(by_hand, torch.autograd.grad(expected, (logits, value))):
+        torch.testing.assert_close(torch.from_numpy(found), autograds, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("departures", ["all", all_but("scale"), all_but("endings"), ""])
 def test_backpropagation_by_hand_is_autograds(departures):
     steps, way = some_steps(), choose(departures)
     model = Model(3, 4, 8, way)
-    target = model.scale.target(steps.obs, steps.next_obs, steps.rewards)
-    model.scale.fit(steps.obs, target)
-    inputs, ends = model.inputs(steps.obs, steps.actions), steps.terminated[:, None].float()
-    loss = model.backpropagate(inputs, target, ends)
+    target = model.scale.fit(steps)
+    inputs, ends = model.inputs(steps.obs.numpy(), steps.actions.numpy()), steps.terminated[:, None].float()
+    loss = model.backpropagate(inputs, target, ends.numpy())
     by_hand = model.flat[0].grad
 
-    output = model.net(inputs)
+    output = model.net(torch.from_numpy(inputs))
     if way.scale is as_published.Raw:
-        expected = torch.nn.functional.l1_loss(output[:, :4], target)
+        expected = torch.nn.functional.l1_loss(output[:, :4], torch.cat([steps.next_obs, steps.rewards[:, None]], -1))
     else:
         normal = torch.distributions.Normal(output[:, :4], (output[:, 4:8] / 2).exp())
-        normalised = (target - target.mean(0)) / target.std(0, correction=0)
+        change = torch.cat([steps.next_obs - steps.obs, steps.rewards[:, None]], -1)
+        normalised = (change - change.mean(0)) / change.std(0, correction=0)
         expected = -normal.log_prob(normalised).mean() - math.log(2 * math.pi) / 2
     if way.endings is as_published.Imagined:
         p = output[:, -1:].sigmoid()
         expected = expected - (ends * p.log() + (1 - ends) * (1 - p).log()).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
     autograds = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(model.parameters()))])
     torch.testing.assert_close(by_hand, autograds, rtol=1e-3, atol=1e-6)
+
+
+def test_a_network_by_hand_is_the_pairs_before_and_after_a_step_of_the_optimiser():
+    net = ppo_mbrl.mlp(5, 8, 3, last_gain=1.0)
+    flat, weights, x = flatten(net), as_published.arrays(net.parameters()), torch.randn(20, 5)
+    optimizer = torch.optim.Adam([flat], 0.1)
+    for _ in range(2):
+        *layers, output = as_published.forward(weights, x.numpy())
+        torch.testing.assert_close(torch.from_numpy(output), net(x).detach(), rtol=1e-5, atol=1e-5)
+        as_published.backward(weights, flat.grad.numpy(), *layers, np.cos(output))
+        autograds = torch.autograd.grad(net(x).sin().sum(), list(net.parameters()))
+        torch.testing.assert_close(flat.grad, torch.cat([g.flatten() for g in autograds]), rtol=1e-4, atol=1e-5)
+        as_published.update(optimizer)
+
+
+def test_adam_by_hand_is_torchs_and_each_goes_on_from_the_others_state():
+    rng, finds = torch.Generator().manual_seed(0), []
+    gradients = torch.randn(2, 40, 9, generator=rng) * 10 ** torch.linspace(-6, 2, 9)
+    torchs, ours = torch.optim.Adam.step, as_published.update
+    for ways in ((torchs, torchs), (ours, ours), (torchs, ours), (ours, torchs)):
+        weights, states = [torch.nn.Parameter(torch.ones(9)) for _ in range(2)], None
+        for way, half in zip(ways, (slice(0, 20), slice(20, 40))):
+            optimizer = torch.optim.Adam([dict(params=[weights[0]], lr=1e-2), dict(params=[weights[1]], lr=0.3)])
+            if states:
+                optimizer.load_state_dict(states)
+            for pair in gradients[:, half].unbind(1):
+                for w, g in zip(weights, pair):
+                    w.grad = g.clone()
+                way(optimizer)
+            states = optimizer.state_dict()
+        finds.append(torch.stack(weights).detach())
+    for found in finds[1:]:
+        torch.testing.assert_close(found, finds[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_pass_has_every_step_once_in_random_order():
+    columns = np.arange(50), np.arange(100).reshape(50, 2)
+    parts = list(as_published.minibatches(columns, 16))
+    assert [len(first) for first, _ in parts] == [16, 16, 16, 2]
+    firsts, seconds = (np.concatenate(column) for column in zip(*parts))
+    assert sorted(firsts) == list(range(50)) != firsts.tolist()
+    np.testing.assert_array_equal(seconds, columns[1][firsts])
 
 
 @pytest.mark.parametrize("departures", ["all", ""])
@@ -349,9 +441,9 @@ def test_a_model_learns_a_linear_environment(departures):
     steps = Rollout(obs, actions, obs.sum(-1), next_obs, never, never)
     torch.manual_seed(0)
     model = Model(3, 2, 32, run.way)
-    optimizer = torch.optim.Adam(model.flat, 3e-3, fused=True)
+    optimizer = torch.optim.Adam(model.flat, 3e-3)
     as_published.fit(run, model, optimizer, steps, 1500)
-    found, reward, _ = model.imagine(obs, actions, noise=0)
+    found, reward, _ = (torch.from_numpy(x) for x in model.imagine(obs.numpy(), actions.numpy(), noise=0))
     unexplained = (found - next_obs).square().mean(0) / (next_obs - obs).var(0)
     assert unexplained.max() < 0.25 and float((reward - steps.rewards).square().mean()) < 0.05 * float(steps.rewards.var())
 
