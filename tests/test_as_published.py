@@ -262,12 +262,16 @@ def test_noise_in_the_textbooks_dreams_has_the_standard_deviation_that_the_model
         np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_published_samples_are_imagined_steps_and_the_textbooks_real_ones(tmp_path, monkeypatch):
+def test_the_published_samples_are_imagined_steps_and_the_textbooks_real_ones_and_nothing_else_differs(tmp_path, monkeypatch):
     in_brief(monkeypatch)
+    found = []
     for words, name in (((), "imagined_steps"), (("--fix", "count"), "real_steps")):
         assert train(tmp_path / name, *words, epochs=2) == 0
         last = rows_of(tmp_path / name)[-1]
         assert last["samples"] == last[name] and last["imagined_steps"] == 80 < last["real_steps"]
+        policy, rows, summary = fingerprint(tmp_path / name)
+        found.append((policy, [row.pop("samples", None) and row for row in rows], summary))
+    assert found[0] == found[1]
 
 
 def test_published_gradients_are_clipped_one_by_one_and_the_textbooks_by_their_norm():
