@@ -101,16 +101,16 @@ class Settings(ModelSettings):
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
-    minibatch: int = setting(512, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(2048, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
-    entropy_coef: float = setting(0.01, "Weight of the entropy bonus.", 0, 1e6, "PPO")
+    entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
     max_grad_norm: float = setting(0.5, "Gradients are clipped to this global norm.", 1e-9, 1e9, "PPO")
     temperature: float = setting(1.0, "Divides the logits of the policy in the rollouts it is trained on, where it acts and in the ratio alike.", 1e-3, 1e3, "PPO")
     temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
-    rounds: int = setting(3, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
+    rounds: int = setting(5, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
     dreams: int = setting(200, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(120, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
@@ -118,12 +118,11 @@ class Settings(ModelSettings):
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or of good endings, not in full.", panel="Dreams")
     renew_growth: float = setting(0.5, "Whenever the data has grown by this share: an agent that is stuck begins anew, up to --reset-from; model and agent, from there on. 0: nothing ever begins anew.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless half of the latest ten endings of this agent were good. 0: they never do.", 0, 10**9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
     reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
-    reset_rounds: int = setting(30, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
+    reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
-    good_weight: float = setting(3.0, "The share of good ones among the latest ten endings counts so many times, up to 1: a third of them is no luck, and is to be made safe.", 0, 1e6, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
@@ -455,7 +454,7 @@ def train_simple(run: "Run"):
         schedule = Schedule.of(replay, s)
         early = not 0 < s.reset_from <= run.real_steps
         stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
-        reset = run.grown(s.renew_growth, s.reset_from) and not schedule.safe and not proven(replay, run.agent_since)  # model and agent do
+        reset = schedule.outgrown(run.real_steps, s.reset_from) and run.grown(s.renew_growth, s.reset_from)  # model and agent do
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
@@ -465,7 +464,6 @@ def train_simple(run: "Run"):
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
-            run.agent_since = run.real_steps
         rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
@@ -500,26 +498,23 @@ class Schedule(NamedTuple):
         ended, good = replay.share_ended(steps, s.held_from), 0.0  # by itself, not because actions were held
         if len(ago):
             good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
-        found = min(1.0, s.good_weight * good)
-        sight = max(1 - ended, found)
+        sight = max(1 - ended, good)
         before, now = replay.reward_rates(steps)
         safe = bool(well.all()) if len(ago) else now > before
         return cls(
             good=good,
-            caution=max(ended, found) if s.caution else 1.0,
+            caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
-            gae_lambda=s.gae_lambda + found * (s.good_lambda - s.gae_lambda),
-            grounding=found * s.grounding,
+            gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
+            grounding=good * s.grounding,
             safe=safe,
             stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
         )
 
-
-def proven(replay: Replay, since: int, latest: int = 10) -> bool:
-    """Whether at least half of the latest endings after real step `since` were good: a new agent would hardly be better, and at first is worse."""
-    ago, well = replay.endings()
-    own = well[ago < len(replay) - since][-latest:]
-    return len(own) > 0 and float(own.float().mean()) >= 0.5
+    def outgrown(self, steps: int, since: int) -> bool:
+        """Whether what was learned from fewer data than these `steps` is worth less than a new beginning: too few endings are good. A third is enough
+        at `since` steps; the more data, the more it takes, for the better would a new agent be."""
+        return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 
 def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):
@@ -725,12 +720,12 @@ class Run:
     All that happens between two saves follows from the first of them, so an interrupted iteration is simply done again, bit for bit.
     """
 
-    COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve", "agent_since"
+    COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve"
     LENGTH = "--total-steps"  # what makes a finished run go on
 
     def __init__(self, settings: Settings, view: "View"):
         self.settings, self.view, self.folder = settings, view, settings.folder()
-        self.real_steps = self.imagined_steps = self.iteration = self.agent_since = 0  # the last: when the agent that acts began
+        self.real_steps = self.imagined_steps = self.iteration = 0
         self.steps_to_solve = self.summary = self.signal = self.board = None
         self.saved = self.counters()
         self.wall, self.cpu = time.perf_counter(), time.process_time()

@@ -108,10 +108,8 @@ class Job(NamedTuple):
         return self.folder.parent.as_posix()
 
 
-# What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen. PPO's settings
-# are those that were the defaults when their rows were made.
-PPO_THEN = dict(minibatch=2048, entropy_coef=0.003, rounds=5, good_weight=1.0)
-SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean") | PPO_THEN
+# What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen.
+SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean")
 
 # A smoke run is over within a minute on one core.
 SMOKE = dict(

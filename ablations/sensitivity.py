@@ -11,7 +11,7 @@ import numpy as np
 from run import More, Study, run_study
 
 PPO = dict(lr=3e-4, minibatch=64, epochs=4, entropy_coef=0.01, clip=0.2)
-DREAMS = dict(lr=1e-3, minibatch=512, epochs=4, entropy_coef=0.01, clip=0.2)
+DREAMS = dict(lr=1e-3, minibatch=2048, epochs=4, entropy_coef=0.003, clip=0.2)
 
 
 def drawn(defaults: dict):
