@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's; with more, a minibatch takes four times as much CPU time
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's; with more, a minibatch takes four times as much CPU time
 import gymnasium as gym
 import numpy as np
 import torch
@@ -115,8 +115,8 @@ class Beside:
 
 
 class Imagined:
-    """The model: it predicts endings, and imagining costs no real step. Dreams begin where real episodes did, are re-aligned to the nearest
-    real observation and last no longer than the environment's time limit."""
+    """The model: it predicts endings, and imagining costs no real step. Dreams begin where real episodes did, are re-aligned to the nearest of 4,096
+    real observations, by raw distance, and last no longer than the environment's time limit."""
 
     logits = 1
 
@@ -296,7 +296,7 @@ class Settings:
     run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
     eval_every: int = setting(12_500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False)
     fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
-    threads: int = setting(1, "Threads of torch; small networks are fastest with one.", 1, 4096, "Run", identity=False)
+    threads: int = setting(1, "Threads of torch; networks are numpy's here, and have one.", 1, 4096, "Run", identity=False)
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
     departures: str = setting("all", "Those that are on, with commas between them; --fix and --break are shorter.", panel="Departures")
 
@@ -463,7 +463,10 @@ def minibatches(columns: list, size: int):
 
 
 class Model(nn.Module):
-    """Predicts next_obs, reward and, if departure `endings` is mended, endings from (obs, action), with two tanh layers."""
+    """Predicts next_obs, reward and, if departure `endings` is mended, endings from (obs, action), with two tanh layers.
+
+    Its arrays are views of its tensors: a model is never copied, converted or moved.
+    """
 
     def __init__(self, obs_dim: int, num_actions: int, hidden: int, way: SimpleNamespace):
         super().__init__()
@@ -494,7 +497,7 @@ class Model(nn.Module):
 
 
 def fit(run: "Run", model: Model, optimizer, steps: Rollout, updates: int) -> float:
-    """So many minibatches of `wm_batch`, in passes over shuffled real steps (n, ...). Returns the mean loss over the last tenth of them."""
+    """So many minibatches of `wm_batch`, in passes over shuffled real steps (n, ...). Returns the mean loss of the last pass."""
     s, losses, target = run.settings, [], model.scale.fit(steps)
     known = model.inputs(steps.obs.numpy(), steps.actions.numpy()), target, steps.terminated[:, None].float().numpy()
     while len(losses) < updates:
@@ -522,7 +525,7 @@ def measure(model: Model, steps: Rollout, length: int = 20) -> dict[str, float |
     log |= {"wm/reward_rmse": rmse(wrong), "wm/reward_tail_rmse": rmse(wrong[size >= np.quantile(size, 0.99, method="nearest")])}
 
     episode = over.cumsum() - over
-    (start,) = (episode[length - 1 :] == episode[: len(episode) - length + 1]).nonzero()
+    (start,) = (episode[length - 1 :] == episode[: max(0, len(episode) - length + 1)]).nonzero()
     if len(start):
         start = start[np.linspace(0, len(start) - 1, min(512, len(start))).astype(int)]
         obs = steps.obs[start]

@@ -2,14 +2,17 @@
 
 Its agent got stuck at a return of about 100 and collapsed without warning. Each departure from the textbook (the table in as_published.py) is mended
 alone in the published algorithm, and introduced alone into the textbook's. The two ends and what the claim names have ten seeds, all others five. No test
-ends a run early, so that all are 50 epochs long, about 600,000 real steps. `count` changes no number but the one it names (tested): it has no arms.
+ends a run early, so that all are 50 epochs long, 150,000 to 1.3 million real steps by how long their episodes are. `count` changes no number but the one it names (tested): it has no arms.
 
-Share    what a departure does to the gap between the mean final score as published and 200: what mending it alone closes, what introducing it alone tears open.
-Fall     how far the data episodes' mean return, smoothed over three epochs, fell from its maximum, once that was 100 above the first epoch's.
-Verdict  A departure keeps the score low (the local optimum) if mending it alone raises the final score or introducing it alone lowers it, and makes it
-         fall (the collapse) if they do so to the fall: Mann-Whitney's p < 0.05 after Holm's correction over both ways of all eleven, for score and
-         fall each. With five seeds only what is nearly always so can pass. It is harmless if neither is so and both shares are surely, with 95 %
-         (in truth 89 % with five seeds), between -1/4 and 1/4. Else the question is open and wants more seeds.
+Share    what a departure does to the mean final score, in units of the gap between as published and 200: what mending it alone adds, and what introducing
+         it alone takes from the textbook's.
+Fall     how far the data episodes' mean return, smoothed over three epochs, fell from its maximum, once that was 100 above the first epoch's. A run that
+         never rises so far does not fall either: who lets a run rise may let it fall.
+Verdict  A departure keeps the score low (the local optimum) if mending it alone raises the final score or introducing it alone lowers it; it holds the
+         score up, as a crutch does, if the opposite is so. It makes a run fall (the collapse), or prevents that, if the same is true of the fall.
+         Mann-Whitney's p < 0.05 after Holm's correction over both ways of all eleven, for score and fall each: with five seeds only what is nearly
+         always so can pass. It is harmless if none of this is so and both shares are surely, with 95 % (in truth 89 % with five seeds), between -1/4 and
+         1/4; at the spread of these runs that takes far more than ten seeds. Else the question is open.
 
     python ablations/what_broke_it.py --jobs 2              about 4 core-hours; rows and report in runs/studies/what_broke_it
     python ablations/what_broke_it.py --seeds 10-14         five more seeds of every arm, as an open question wants; the report says so
@@ -60,6 +63,7 @@ STUDY = Study(
 
 
 WORSE = {STUDY.metric: -1, "data_fall": 1}  # what departures are blamed for, and whether less or more of it is worse
+WORDS = {(STUDY.metric, 1): "keeps the score low", (STUDY.metric, -1): "holds the score up", ("data_fall", 1): "makes it fall", ("data_fall", -1): "prevents falls"}  # fmt: skip
 
 
 def shares(rows: list[dict], name: str) -> list[tuple[float, float, float]]:
@@ -83,10 +87,10 @@ def verdicts(rows: list[dict]) -> list[dict]:
         ways = [(f"fix {name}", "published", -worse) for name in NAMES] + [(f"break {name}", "textbook", worse) for name in NAMES]
         tests = [stats.improvement(values(STUDY, rows, arm, what), values(STUDY, rows, end, what), reps=10) for arm, end, _ in ways]
         for i, (p, test, (_, _, sign)) in enumerate(zip(stats.holm([test[3] for test in tests]), tests, ways)):
-            blamed = p < 0.05 and (test[0] - 0.5) * sign > 0
-            found[i % len(NAMES)].setdefault(what, []).append((p, blamed))
+            harm = (p < 0.05) * int(np.sign((test[0] - 0.5) * sign))  # 1 does harm, -1 helps, 0 nobody knows
+            found[i % len(NAMES)].setdefault(what, []).append((p, harm))
     for row in found:
-        does = [words for what, words in zip(WORSE, ("keeps the score low", "makes it fall")) if any(blamed for _, blamed in row[what])]
+        does = [words for (what, side), words in WORDS.items() if any(harm == side for _, harm in row[what])]
         harmless = all(-0.25 <= low and high <= 0.25 for _, low, high in row["shares"])
         row["verdict"] = ", ".join(does) or ("harmless" if harmless else "open")
     return found
@@ -97,7 +101,7 @@ def tell(rows: list[dict], folder: Path, console: Console):
     if min(len(values(STUDY, rows, arm, STUDY.metric)) for arm in STUDY.arms) < 3:
         return
     found = verdicts(rows)
-    table = Table("departure", "share closed", "share torn open", "p, score", "p, fall", "verdict", box=box.MARKDOWN)
+    table = Table("departure", "share added, mended", "share taken, introduced", "p, score", "p, fall", "verdict", box=box.MARKDOWN)
     for row in found:
         both = (f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in row["shares"])
         table.add_row(row["departure"], *both, *(", ".join(f"{p:.3f}" for p, _ in row[what]) for what in WORSE), row["verdict"])
@@ -107,7 +111,7 @@ def tell(rows: list[dict], folder: Path, console: Console):
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
-    for way, (label, marker) in enumerate((("mended alone: closes", "o"), ("introduced alone: tears open", "s"))):
+    for way, (label, marker) in enumerate((("mended alone: adds", "o"), ("introduced alone: takes", "s"))):
         value, low, high = np.array([row["shares"][way] for row in found]).T
         at = np.arange(len(found)) + 0.3 * way - 0.15
         axis.errorbar(value, at, xerr=abs(np.array([low, high]) - value), fmt=marker, capsize=2, label=label)

@@ -270,7 +270,7 @@ def test_the_published_samples_are_imagined_steps_and_the_textbooks_real_ones_an
         last = rows_of(tmp_path / name)[-1]
         assert last["samples"] == last[name] and last["imagined_steps"] == 80 < last["real_steps"]
         policy, rows, summary = fingerprint(tmp_path / name)
-        found.append((policy, [row.pop("samples", None) and row for row in rows], summary))
+        found.append((policy, [{name: x for name, x in row.items() if name != "samples"} for row in rows], summary))
     assert found[0] == found[1]
 
 
@@ -335,7 +335,7 @@ def test_each_departure_of_ppo_changes_the_update(name):
         s = Settings(passes=3, minibatch=16, entropy_coef=0.1)
         as_published.ppo_update(agent, optimizer, rollout, rollout.obs, s, choose(departures))
         updated.append(torch.cat([p.flatten() for p in agent.parameters()]))
-    assert not torch.equal(*updated)
+    assert (updated[0] - updated[1]).abs().max() > 1e-3
 
 
 OF_THE_LOSS = "ratio", "entropy", "clip", "temperature"
@@ -567,12 +567,12 @@ def test_the_policy_can_be_evaluated_like_that_of_any_run(tmp_path, monkeypatch)
 
 
 def made_up_rows() -> list[dict]:
-    """As published 20, the textbook 220; `ratio` alone costs 150 points, `scale` alone adds 100 to the largest fall, `action` is noise."""
+    """As published 40, the textbook 220; `ratio` alone costs 150 points, `scale` alone adds 100 to the largest fall, `action` is noise, `endings` is a crutch."""
     rng, rows = np.random.default_rng(0), []
     for seed in range(10):
         for arm, chosen in what_broke_it.STUDY.arms.items():
             on = as_published.names(chosen["departures"])
-            score, fall = 220 - 150 * ("ratio" in on) - 50 * (len(on) > 6), 20 + 100 * ("scale" in on)
+            score, fall = 220 - 150 * ("ratio" in on) + 40 * ("endings" in on) - 70 * (len(on) > 6), 20 + 100 * ("scale" in on)
             wide = 200 if "action" in arm else 3
             rows.append(dict(arm=arm, seed=seed, run=arm, final_return_mean=score + wide * rng.normal(), data_fall=fall + rng.normal()))
     return rows
@@ -581,13 +581,23 @@ def made_up_rows() -> list[dict]:
 def test_the_study_finds_who_did_it_in_made_up_runs(tmp_path):
     found = {row["departure"]: row for row in what_broke_it.verdicts(made_up_rows())}
     assert {name: row["verdict"] for name, row in found.items()} == dict.fromkeys(set(DEPARTURES) - {"count"}, "harmless") | dict(
-        ratio="keeps the score low", scale="makes it fall", action="open"
+        ratio="keeps the score low", scale="makes it fall", action="open", endings="holds the score up"
     )
-    for value, low, high in found["ratio"]["shares"]:
-        assert low - 0.02 < 150 / 180 < high + 0.02 and value == pytest.approx(150 / 180, abs=0.05)
+    for name, points in dict(ratio=150, endings=-40).items():
+        for value, low, high in found[name]["shares"]:
+            assert low - 0.02 < points / 160 < high + 0.02 and value == pytest.approx(points / 160, abs=0.05)
 
     what_broke_it.tell(made_up_rows(), tmp_path, Console())
-    assert (tmp_path / "verdicts.md").read_text().count("harmless") == 8 and (tmp_path / "verdicts.png").stat().st_size > 10_000
+    assert (tmp_path / "verdicts.md").read_text().count("harmless") == 7 and (tmp_path / "verdicts.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("length", [2, 12, 18, 19, 20, 40])
+def test_the_model_is_measured_on_data_of_any_length(length):
+    obs = torch.randn(length, 3)
+    last = torch.arange(length) == length - 1
+    steps = Rollout(obs, torch.randint(2, (length,)), torch.randn(length), torch.randn(length, 3), last, last & False)
+    log = as_published.measure(as_published.Model(3, 2, 8, choose("all")), steps)
+    assert (log["wm/error_openloop"] is None) == (length < 20) and log["wm/error_1step"] > 0
 
 
 def test_the_study_measures_how_far_the_data_episodes_fell(tmp_path):
@@ -597,10 +607,10 @@ def test_the_study_measures_how_far_the_data_episodes_fell(tmp_path):
     assert what_broke_it.data_returns(tmp_path) == pytest.approx(dict(data_fall=110, data_return=24))
 
 
-def test_the_study_has_26_arms_of_five_seeds_and_ten_of_its_ends_and_of_what_it_claims():
+def test_the_study_has_24_arms_of_five_seeds_and_ten_of_its_ends_and_of_what_it_claims():
     jobs = runner.expand(what_broke_it.STUDY, list(range(10)), as_published_script())
     seeds = {arm: sorted(job.seed for job in jobs if job.arm == arm) for arm in what_broke_it.STUDY.arms}
-    assert len(seeds) == 26 and len({job.folder for job in jobs}) == len(jobs) == 6 * 10 + 20 * 5
+    assert len(seeds) == 24 and len({job.folder for job in jobs}) == len(jobs) == 6 * 10 + 18 * 5
     ten = "published", "textbook", "fix ratio", "fix replay", "fix endings", "fix scale"
     assert all(found == list(range(10 if arm in ten else 5)) for arm, found in seeds.items())
 
