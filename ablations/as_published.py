@@ -6,7 +6,7 @@
     python ablations/as_published.py --break ratio,replay           the textbook algorithm with two departures
 
 An epoch is 3,000 imagined steps, 40 passes of PPO over them, 30 real episodes, and 40 passes of the model over those; a run has 50 epochs, about
-600,000 real steps. `real_steps` counts them all; `samples` in metrics.jsonl is what the article would say. The run folder is that of
+700,000 real steps. `real_steps` counts them all; `samples` in metrics.jsonl is what the article would say. The run folder is that of
 `ppo_mbrl.py`, and `python ppo_mbrl.py evaluate RUN_DIR` reads it. What causes what is the question of `what_broke_it.py`.
 
 A fork of the pair: networks, GAE, evaluation, run folder and command line are imported, what differs stands here. First the twelve pairs of functions
