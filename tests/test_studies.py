@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import os
 import signal
@@ -475,6 +476,9 @@ def test_exact_statistics_on_data_whose_answer_is_known():
     x, y = np.array([1.0, 2, 2, 5]), np.array([0.0, 2, 3])
     pairs = np.mean([(a > b) + (a == b) / 2 for a in x for b in y])
     assert stats.improvement(x, y)[0] == pytest.approx(pairs)
+    ranks, chosen = np.array([1, 2, 4, 4, 4, 6, 7]), [2, 4, 4, 7]  # of both, and of x: three runs tie
+    sums = [sum(ranks[list(some)]) for some in itertools.combinations(range(7), 4)]
+    assert stats.improvement(x, y)[3] == pytest.approx(2 * np.mean([s >= sum(chosen) for s in sums]))
     assert stats.improvement(np.arange(3.0), np.arange(3.0) + 10)[::3] == pytest.approx((0, 2 / 20))
     assert stats.improvement(np.arange(10.0), np.arange(12.0) - 20)[:3] == pytest.approx((1, np.nan, np.nan), nan_ok=True)
 
