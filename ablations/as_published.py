@@ -6,8 +6,8 @@
     python ablations/as_published.py --break ratio,replay           the textbook algorithm with two departures
 
 An epoch is 3,000 imagined steps, 40 passes of PPO over them, 30 real episodes, and 40 passes of the model over those; a run has 50 epochs, about
-700,000 real steps. `real_steps` counts them all; `samples` in metrics.jsonl is what the article would say. The run folder is that of
-`ppo_mbrl.py`, and `python ppo_mbrl.py evaluate RUN_DIR` reads it. What causes what is the question of `what_broke_it.py`.
+700,000 real steps. `real_steps` counts them all; `samples` in metrics.jsonl is what the article would say, unless `count` is mended. The run folder
+is that of `ppo_mbrl.py`, and `python ppo_mbrl.py evaluate RUN_DIR` reads it. What causes what is the question of `what_broke_it.py`.
 
 A fork of the pair: networks, GAE, evaluation, run folder and command line are imported, what differs stands here. First the twelve pairs of functions
 (as published, textbook), then the table of them, then the algorithm, which asks the table and nothing else. Networks, losses and Adam are computed by
@@ -142,7 +142,7 @@ class Imagined:
         return (np.logaddexp(0, logit) - terminated * logit).sum() / len(logit), (p - terminated) / len(logit)
 
 
-# realign: the state (O) that re-alignment takes for the true one when a new episode has begun
+# realign: the state (O) that re-alignment takes for the true one when a new episode has begun; it matters where that is due in the very next step
 def state_of_the_old_episode(old: Array, first: Array) -> Array:
     return old
 
@@ -292,7 +292,7 @@ class Settings:
     mode: Literal["simple"] = setting("simple", "It is PPO in dreams; there is no other mode here.", panel="Run", identity=False)
     seed: int = setting(0, "Decides everything random.", 0, 2**63 - 1, "Run", identity=False)
     env_id: str = setting("LunarLander-v3", "Any Gymnasium environment with a flat Box observation and Discrete actions.", panel="Run", identity=False)
-    epochs: int = setting(50, "Length of the run; an epoch takes 9,000 to 37,000 real steps on LunarLander, 12,000 on average.", 1, 10**9, "Run", identity=False)
+    epochs: int = setting(50, "Length of the run; an epoch as published takes 9,000 to 37,000 real steps on LunarLander.", 1, 10**9, "Run", identity=False)
     run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
     eval_every: int = setting(12_500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False)
     fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
@@ -310,7 +310,7 @@ class Settings:
     gamma: float = setting(0.99, "Discount.", 0, 1, "Settings")
     gae_lambda: float = setting(0.95, "Lambda of generalised advantage estimation.", 0, 1, "Settings")
     clip: float = setting(0.1, "Clip range of the probability ratio.", 0, 1e6, "Settings")
-    value_clip: float = setting(0.3, "Clip range of the value.", 0, 1e6, "Settings")
+    value_clip: float = setting(0.3, "Clip range of the value, in raw units of the return: narrow, where `clip` is mended.", 0, 1e6, "Settings")
     value_coef: float = setting(1.0, "Weight of half the squared error of the value; half of the whole error, in the article's words.", 0, 1e6, "Settings")
     entropy_coef: float = setting(0.001, "Weight of the entropy.", 0, 1e6, "Settings")
     max_grad: float = setting(0.5, "Gradients of agent and model are clipped here.", 1e-9, 1e9, "Settings")
@@ -497,7 +497,7 @@ class Model(nn.Module):
 
 
 def fit(run: "Run", model: Model, optimizer, steps: Rollout, updates: int) -> float:
-    """So many minibatches of `wm_batch`, in passes over shuffled real steps (n, ...). Returns the mean loss of the last pass."""
+    """So many minibatches of `wm_batch`, in passes over shuffled real steps (n, ...). Returns the mean loss of the latest."""
     s, losses, target = run.settings, [], model.scale.fit(steps)
     known = model.inputs(steps.obs.numpy(), steps.actions.numpy()), target, steps.terminated[:, None].float().numpy()
     while len(losses) < updates:
@@ -625,9 +625,9 @@ def ppo_update(agent: Agent, optimizer, rollout: Rollout, acted: Tensor, s: Sett
             update(optimizer)
             infos.append(info)
             tick()
-    means = dict(zip(PPO_INFO, np.mean(infos, 0).tolist()))
+    means, last_pass = dict(zip(PPO_INFO, np.mean(infos, 0).tolist())), infos[-(len(infos) // s.passes) :]
     unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
-    return means | {"ppo/explained_variance": 1 - float(unexplained)}, float(np.mean(infos[-len(infos) // s.passes :], 0)[0])
+    return means | {"ppo/explained_variance": 1 - float(unexplained)}, float(np.mean(last_pass, 0)[0])
 
 
 # --------------------------------------------------------------------------------------------------------- the training loop

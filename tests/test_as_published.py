@@ -423,6 +423,8 @@ def test_backpropagation_by_hand_is_autograds(departures):
         change = torch.cat([steps.next_obs - steps.obs, steps.rewards[:, None]], -1)
         normalised = (change - change.mean(0)) / change.std(0, correction=0)
         expected = -normal.log_prob(normalised).mean() - math.log(2 * math.pi) / 2
+        pairs = world_model.gaussian_error(output[:, :4] - normalised, output[:, 4:8], beta=0.0).mean()
+        assert pairs.item() == pytest.approx(expected.item(), rel=1e-4)
     if way.endings is as_published.Imagined:
         p = output[:, -1:].sigmoid()
         expected = expected - (ends * p.log() + (1 - ends) * (1 - p).log()).mean()
