@@ -95,19 +95,20 @@ def shares(rows: list[dict], name: str) -> list[tuple[float, float, float]]:
 
 def verdicts(rows: list[dict]) -> list[dict]:
     """One row a departure: both shares, p of each measure for both ways (mended alone, introduced alone), and what it does."""
-    found = [dict(departure=name, shares=shares(rows, name), verdict="") for name in NAMES]
-    for what, (worse, harm, good) in MEASURES.items():
-        ways = [(f"fix {name}", "published", -worse) for name in NAMES] + [(f"break {name}", "textbook", worse) for name in NAMES]
-        tests = [stats.improvement(values(STUDY, rows, arm, what), values(STUDY, rows, end, what), reps=10) for arm, end, _ in ways]
-        ps = stats.holm([test[3] for test in tests])
-        does = [np.sign((test[0] - 0.5) * sign) * (p < 0.05) for test, p, (_, _, sign) in zip(tests, ps, ways)]  # 1 harm, -1 good, 0 who knows
-        for row, *p_and_does in zip(found, zip(ps, ps[len(NAMES) :]), zip(does, does[len(NAMES) :])):
-            row[what], sides = p_and_does
-            words = [f"{harm if side > 0 else good}{place}" for side, place in zip(sides, (" as published", " in the textbook's")) if harm and side]
-            row["verdict"] += "".join(f", {word}" for word in words)
+    found = [dict(departure=name, shares=shares(rows, name), does=[]) for name in NAMES]
+    for what, measure in MEASURES.items():
+        # which arm is compared with which end, and where: it does harm as published if without it there is less of what is worse
+        ways = [(f"fix {name}", "published", -measure.worse, "as published") for name in NAMES]
+        ways += [(f"break {name}", "textbook", measure.worse, "in the textbook's") for name in NAMES]
+        tests = [stats.improvement(values(STUDY, rows, arm, what), values(STUDY, rows, end, what), reps=10) for arm, end, *_ in ways]
+        for i, (p, (share, *_), (*_, sign, where)) in enumerate(zip(stats.holm([test[3] for test in tests]), tests, ways)):
+            row = found[i % len(NAMES)]
+            row.setdefault(what, []).append(p)
+            if p < 0.05 and measure.harm:
+                row["does"].append(f"{measure.harm if (share - 0.5) * sign > 0 else measure.good} {where}")
     for row in found:
         harmless = all(-0.25 <= low and high <= 0.25 for _, low, high in row["shares"])
-        row["verdict"] = row["verdict"].removeprefix(", ") or ("harmless" if harmless else "open")
+        row["verdict"] = ", ".join(row["does"]) or ("harmless" if harmless else "open")
     return found
 
 
@@ -123,7 +124,8 @@ def tell(rows: list[dict], folder: Path, console: Console):
         steps = [row.get("real_steps") or 0 for row in mine]
         arms.add_row(arm, str(len(mine)), *middle, str(once), str(collapsed), f"{min(steps):,} to {max(steps):,}")
     found = verdicts(rows)
-    table = Table("departure", "share added, mended", "share taken, introduced", "p, score", "p, fall", "p, data", "verdict", box=box.MARKDOWN)
+    heads = "departure", "share added, mended", "share taken, introduced", *(f"p, {what}" for what in MEASURES), "verdict"
+    table = Table(*heads, box=box.MARKDOWN)
     for row in found:
         both = (f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in row["shares"])
         table.add_row(row["departure"], *both, *(", ".join(f"{p:.3f}" for p in row[what]) for what in MEASURES), row["verdict"])

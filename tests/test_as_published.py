@@ -615,10 +615,9 @@ def made_up_rows() -> list[dict]:
             on = as_published.names(chosen["departures"])
             many, fall = len(on) > 6, 20 + 100 * ("scale" in on)
             score = 220 - 150 * ("ratio" in on) + 40 * ("endings" in on) - 70 * many + 90 * ("clip" in on) * (2 * many - 1) - 90 * many
-            score, wide = score + 3 * rng.normal(), 200 * ("action" in arm)
-            rows.append(
-                dict(arm=arm, seed=seed, run=arm, final_return_mean=score + wide * rng.normal(), data_fall=fall + rng.normal(), data_return=score)
-            )
+            score, fall = score + 3 * rng.normal(), fall + rng.normal()
+            final = score + 200 * ("action" in arm) * rng.normal()
+            rows.append(dict(arm=arm, seed=seed, run=arm, final_return_mean=final, data_fall=fall, data_return=score))
     return rows
 
 
@@ -631,7 +630,7 @@ def test_the_study_finds_who_did_it_in_made_up_runs(tmp_path):
         endings="holds the score up as published, holds the score up in the textbook's",
         clip="holds the score up as published, keeps the score low in the textbook's",
     )
-    assert found["ratio"]["data_return"] == found["ratio"]["final_return_mean"] and found["action"]["data_return"] == (1.0, 1.0)
+    assert found["ratio"]["data_return"] == found["ratio"]["final_return_mean"] and found["action"]["data_return"] == [1.0, 1.0]
     for name, points in dict(ratio=150, endings=-40).items():
         for value, low, high in found[name]["shares"]:
             assert low - 0.02 < points / 160 < high + 0.02 and value == pytest.approx(points / 160, abs=0.05)
