@@ -144,9 +144,9 @@ def tell(rows: list[dict], folder: Path, console: Console):
     axis.set_xscale("symlog", linthresh=1)
     ticks = -5, -2, -1, -0.5, 0, 0.5, 1, 2
     axis.set(xticks=ticks, xticklabels=ticks, xlabel="share of the gap between as published and 200")
-    axis.set(yticks=range(len(found)), yticklabels=[f"{row['departure']}\n{row['verdict']}" for row in found])
+    axis.set(yticks=range(len(found)), yticklabels=["\n".join([row["departure"], *row["verdict"].split(", ")]) for row in found])
     axis.invert_yaxis()
-    axis.legend()
+    axis.legend(loc="lower left")
     figure.suptitle(f"{len(rows)} runs{provisional(STUDY, rows)}", fontsize=8)
     figure.savefig(folder / "verdicts.png", dpi=110)
     plt.close(figure)
