@@ -9,6 +9,7 @@ A page declares a Study and hands it to `run_study`. Its runs lie in runs/ENV/NA
 share identical runs. Rows, report and picture are in runs/studies/STUDY/. Read on: study, one run, batch, rows, verdict, picture, command line.
 """
 
+import concurrent.futures
 import contextlib
 import csv
 import fcntl
@@ -29,8 +30,7 @@ from typing import Annotated, Literal, NamedTuple, Optional
 import cloudpickle  # what joblib and Dask send work with
 import numpy as np
 import typer
-from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky import get_reusable_executor
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -51,7 +51,7 @@ RESULTS = ROOT / "ablations" / "results"
 class More:
     """Runs of arm `of` have more of `what` than those of arm `than`: Mann-Whitney, or Fisher's exact test for what is yes or no.
 
-    With `spread` they differ more from each other: the test is of the distances to the arm's own median.
+    With `spread` they differ more from each other: Brown and Forsythe's test of the distances to the arm's own median.
     """
 
     of: str
@@ -224,44 +224,61 @@ def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> 
 # --------------------------------------------------------------------------------------------------------------------- batch
 
 
+PATIENCE = 20  # so often workers may die, over and over, before their jobs are given up
+GRACE = 60  # seconds from a stop to leaving without those workers that do not answer
+
+
 def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Path, ended: Callable[[Job, str, str], None]):
     """All jobs on worker processes; ended(job, how, words) is called for each. A worker that is killed takes no job with it."""
+    left, wait, deaths = jobs, False, 0
+    while left:
+        again, leave = [], float("inf")
+        with pool(backend, scheduler, workers) as (executor, death):
+            paths = [(job.folder.absolute(), stop.absolute()) for job in left]
+            doing = {executor.submit(execute, job.command, *path, wait): job for job, path in zip(left, paths)}
+            pending, died = set(doing), False
+            while pending and time.time() < leave:
+                done, pending = concurrent.futures.wait(pending, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED)
+                if stop.exists():
+                    leave = min(leave, time.time() + GRACE)  # for what no worker will answer
+                for future in done:
+                    job = doing[future]
+                    try:
+                        how, words = future.result()
+                    except (death, concurrent.futures.CancelledError):
+                        died = True
+                        how, words = "busy", ""
+                    if how == "busy":
+                        again.append(job)
+                    else:
+                        ended(job, how, words)
+            for future in pending:
+                ended(doing[future], "interrupted", "no worker answers")
+        deaths += died
+        if deaths > PATIENCE:
+            for job in again:
+                ended(job, "given up:", "workers are killed again and again; is there too little memory for so many --jobs?")
+            again = []
+        left, wait = again, wait or not died  # what another launcher is at work on comes last
+
+
+@contextlib.contextmanager
+def pool(backend: str, scheduler: str, workers: int):
+    """An executor of joblib's worker processes, or of a Dask cluster, at an address or of this machine; and what it raises where a worker died."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # so that workers, also of other machines, need neither this file nor torch
-    deaths = 0
-    with connect(scheduler, workers) if backend == "dask" else contextlib.nullcontext():
-        for wait in (False, True):  # what another launcher is at work on comes last
-            left, busy = dict(enumerate(jobs)), []
-            while left:
-                tasks = [delayed(numbered)(i, job.command, job.folder.absolute(), stop.absolute(), wait) for i, job in left.items()]
-                try:
-                    with parallel_config(backend=backend):
-                        for i, (how, words) in Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)(tasks):
-                            job = left.pop(i)
-                            if how == "busy":
-                                busy.append(job)
-                            else:
-                                ended(job, how, words)
-                except TerminatedWorkerError:
-                    deaths += 1
-                    if deaths > 20:
-                        raise UsageError("Workers are killed again and again; is there too little memory for so many --jobs?")
-            jobs = busy
-
-
-def numbered(number: int, *job) -> tuple[int, tuple[str, str]]:
-    return number, execute(*job)
-
-
-def connect(scheduler: str, workers: int):
-    """A Dask cluster at an address, or one of this machine."""
+    if backend == "loky":
+        yield get_reusable_executor(workers), concurrent.futures.BrokenExecutor
+        return
     try:
         import distributed
     except ImportError:
         raise UsageError("--backend dask needs one more package: pip install distributed==2026.8.0")
     try:
-        return distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
+        client = distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
     except (OSError, ValueError) as error:
         raise UsageError(f"No Dask scheduler answers at {scheduler}: {error}.")
+    with client:
+        yield client.get_executor(pure=False), distributed.KilledWorker
 
 
 class Board:
@@ -409,13 +426,14 @@ def judge(study: Study, rows: list[dict]) -> tuple[str, list[dict]]:
                 number = f"{share:.0%} ({low:.0%} to {high:.0%})"
         else:
             x, y = values(study, rows, test.of, test.what), values(study, rows, test.than, test.what)
-            if test.spread:
-                x, y = (abs(z - np.median(z)) if len(z) else z for z in (x, y))
             text = f"{'more spread of' if test.spread else 'more'} {test.what} in {test.of} than in {test.than}"
             size = min(int(np.isfinite(z).sum()) for z in (x, y))  # none is, where no run of any arm has a number
             if size >= 3 and yes_or_no(rows, test.what):
                 p, right = stats.fisher(int(x.sum()), len(x), int(y.sum()), len(y)), x.mean() > y.mean()
                 number = f"{x.mean():.0%} and {y.mean():.0%}"
+            elif size >= 3 and test.spread:
+                far, near, p = stats.spread(x, y)
+                right, number = far > near, f"mean distance to the median {far:.3g} and {near:.3g}"
             elif size >= 3:
                 better, low, high, p = stats.improvement(x, y)
                 right, number = better > 0.5, f"probability {spoken((better, low, high), '.2f')}"
@@ -446,6 +464,10 @@ def spoken(triple: tuple[float, float, float], form: str = ".0f") -> str:
     return f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if np.isfinite(low) else "")
 
 
+def spoken_p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def report(study: Study, rows: list[dict], missing: list[str]) -> list:
     """What a study found, as sentences and tables that rich can print."""
     verdict, tests = judge(study, rows)
@@ -474,11 +496,11 @@ def report(study: Study, rows: list[dict], missing: list[str]) -> list:
     solved = {arm: values(study, rows, arm, "solved") for arm in arms}
     exact = [stats.fisher(int(solved[arm].sum()), len(solved[arm]), int(solved[first].sum()), len(solved[first])) for arm in others]
     for arm, b, p, q in zip(others, better, stats.holm([b[3] for b in better]), stats.holm(exact)):
-        differences.add_row(arm, spoken(b[:3], ".2f"), f"{p:.3f}", f"{q:.3f}")
+        differences.add_row(arm, spoken(b[:3], ".2f"), spoken_p(p), spoken_p(q))
 
     declared = Table("declared test", "found", "p", "verdict", title="The claim, p corrected by Holm for the number of tests")
     for row in tests:
-        declared.add_row(row["test"], row["found"], f"{row['p']:.3f}", row["verdict"])
+        declared.add_row(row["test"], row["found"], spoken_p(row["p"]), row["verdict"])
     tables = [averages, rates, *([differences] if others else []), declared]
     for table in tables:
         table.box, table.title_justify = box.MARKDOWN, "left"
@@ -508,7 +530,7 @@ def check(study: Study, rows: list[dict], reference: list[dict]) -> list:
     corrected = iter(stats.holm([p for line in lines for p in line[4:]]))
     for *cells, _, _ in lines:
         p, q = next(corrected), next(corrected)
-        table.add_row(*cells, f"{p:.3f}", f"{q:.3f}", "differs beyond chance" if min(p, q) < 0.05 else "no difference found")
+        table.add_row(*cells, spoken_p(p), spoken_p(q), "differs beyond chance" if min(p, q) < 0.05 else "no difference found")
     return [table] if lines else ["Nothing to compare: an arm needs three new runs and three in ablations/results/."]
 
 
@@ -610,8 +632,10 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     path, jobs = folder / "rows.csv", table if index is None else [table[index]]
     committed = {}
     if reuse:  # rows of other studies have the same runs under other names, but not what this one measures
-        files = [RESULTS / f"{study.name}.csv"] if study.measure else RESULTS.glob("*.csv")
-        committed = {(row["run"], row["seed"]): row for file in (*files, path) for row in read_rows(file) if "run" in row}  # one's own win
+        others, own = [] if study.measure else sorted(RESULTS.glob("*.csv")), RESULTS / f"{study.name}.csv"
+        committed = {
+            (row["run"], row["seed"]): row for file in (*others, own, path) for row in read_rows(file) if "run" in row
+        }  # the last win
     foreign = [job for job in jobs if (job.run, job.seed) in committed and not status(job.folder)]
     old = {(job.arm, job.seed): committed[job.run, job.seed] | dict(arm=job.arm) for job in foreign}
     todo = [job for job in jobs if (job.arm, job.seed) not in old]

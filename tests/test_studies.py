@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import f
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "ablations"))
@@ -65,6 +66,9 @@ if __name__ == "__main__":
     calls = len((folder / "calls").read_text().splitlines())
     if crash == 2 and seed == 1:
         sys.exit("Error: it is always wrong")
+    if crash == 4 and seed == 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+        sys.exit(1)
     time.sleep(float(words.get("--gamma", 0)))
     if crash == 1 and calls == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -183,6 +187,27 @@ def test_12_a_batch_outlives_workers_that_are_killed_and_does_nothing_twice(back
     assert batch(s, script, seeds=f"0-{runs - 1}", backend=backend) == 0 and calls() == begun and sum(begun) <= runs + kills
 
 
+@pytest.mark.parametrize("backend", ["loky", pytest.param("dask", marks=pytest.mark.slow)])
+def test_a_run_that_takes_its_workers_along_is_given_up_and_reported(backend, script, monkeypatch, capsys):
+    monkeypatch.setattr(run, "PATIENCE", 1)
+    assert batch(study(dict(low={}, high=dict(lr=4))), script, backend=backend) == 1
+    said = capsys.readouterr().out
+    missing = [line for line in said.splitlines() if line.startswith("Missing: ")]
+    assert any(line.startswith("Missing: high, seed 1: given up: workers are killed again and again") for line in missing)
+    assert len(missing) + len(rows(study())) == 6  # a pool of joblib's takes all with it that have not ended
+    assert backend == "loky" or len(missing) == 1
+
+
+@pytest.mark.slow
+def test_a_batch_whose_cluster_has_no_workers_can_be_stopped(script, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(run, "GRACE", 1)
+    with distributed.LocalCluster(n_workers=0, dashboard_address=None) as cluster:
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert batch(study(), script, backend="dask", scheduler=cluster.scheduler_address) == 128 + signal.SIGTERM
+    assert calls() == []
+
+
 PAGE = """
 import sys
 sys.path[:0] = [{ablations!r}]
@@ -287,6 +312,17 @@ def test_committed_rows_never_take_the_place_of_ones_own(script, tmp_path, monke
     run.record(tmp_path / "results" / "made_up.csv", [row | dict(final_return_mean=-1.0) for row in own])
     assert batch(study(), script, reuse=True) == 0 and rows(study()) == own
     os.rename("runs/fake", "elsewhere")  # rows without their folders, as from a cluster
+    assert batch(study(), script, reuse=True) == 0 and rows(study()) == own and not Path("runs/fake").exists()
+
+
+def test_of_committed_rows_of_one_run_the_page_s_own_count(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    batch(study(), script)
+    own = rows(study())
+    run.record(tmp_path / "results" / "made_up.csv", own)
+    for name in ("a_page", "z_page"):  # the same runs on another machine
+        run.record(tmp_path / "results" / f"{name}.csv", [row | dict(final_return_mean=-1.0) for row in own])
+    os.rename("runs", "elsewhere")
     assert batch(study(), script, reuse=True) == 0 and rows(study()) == own and not Path("runs/fake").exists()
 
 
@@ -480,6 +516,10 @@ def test_exact_statistics_on_data_whose_answer_is_known():
     sums = [sum(ranks[list(some)]) for some in itertools.combinations(range(7), 4)]
     assert stats.improvement(x, y)[3] == pytest.approx(2 * np.mean([s >= sum(chosen) for s in sums]))
     assert stats.improvement(np.arange(3.0), np.arange(3.0) + 10)[::3] == pytest.approx((0, 2 / 20))
+    far, near = np.array([0.0, 4, 5, 9]), np.array([0.0, 0, 1])  # distances to the medians: 4.5, 0.5, 0.5, 4.5 and 0, 0, 1
+    between, within = 4 * (2.5 - 11 / 7) ** 2 + 3 * (1 / 3 - 11 / 7) ** 2, 4 * 2**2 + 2 / 3  # of these distances: sums of squares
+    assert stats.spread(far, near) == pytest.approx((2.5, 1 / 3, f.sf(5 * between / within, 1, 5)))
+    assert stats.spread(np.ones(5), np.zeros(5)) == (0, 0, 1)
     assert stats.improvement(np.arange(10.0), np.arange(12.0) - 20)[:3] == pytest.approx((1, np.nan, np.nan), nan_ok=True)
 
 
@@ -487,7 +527,7 @@ def test_exact_statistics_on_data_whose_answer_is_known():
 def test_intervals_cover_and_verdicts_are_rarely_false(studies, capsys):
     """Made-up studies of three arms with ten seeds each, scores as such runs have them: some stuck near 0, most near 250; no arm is better."""
     rng, covered, false = np.random.default_rng(0), 0, 0
-    declared = Study("x", "", "", {}, [More("a", "c"), More("b", "c"), Often("c", "lucky")])
+    declared = Study("x", "", "", {}, [More("a", "c"), More("b", "c", spread=True), Often("c", "lucky")])
     for _ in range(studies):
         stuck = rng.random((3, 10)) < 0.3
         scores = np.where(stuck, rng.normal(0, 40, (3, 10)), rng.normal(250, 20, (3, 10)))
