@@ -137,8 +137,8 @@ def load_settings(script: Path):
         sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.Settings
-    except (OSError, ImportError, SyntaxError, AttributeError) as error:
-        raise UsageError(f"--script {script} is not a fork of ppo_mbrl.py: {error}.")
+    except Exception as error:  # whatever a script may raise while it is imported
+        raise UsageError(f"--script {script} is not a fork of ppo_mbrl.py: {type(error).__name__}: {error}.")
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -327,7 +327,7 @@ COPIED = "env_id real_steps imagined_steps steps_to_solve final_return_mean fina
 
 
 def describe(study: Study, job: Job) -> dict:
-    """The row of a run that is over: what its summary says, what its evaluations say of the way there, and the version of the scripts that ran."""
+    """The row of a run that is over: what its summary says, what its evaluations say of the way there, and what ran where."""
     log = Path(f"{job.folder}.log")
     versions = re.findall(r"^version (\w+)$", log.read_text(errors="replace") if log.exists() else "", re.M)
     summary = json.loads((job.folder / "summary.json").read_text())
@@ -339,6 +339,9 @@ def describe(study: Study, job: Job) -> dict:
     if summary["status"] == "finished":
         row |= dict(mean_return=np.mean([score for _, score in curve[1:]]), fall=fall([score for _, score in curve]))
         row |= study.measure(job.folder) if study.measure else {}
+    with contextlib.suppress(OSError, ValueError):
+        where = json.loads((job.folder / "env.json").read_text())
+        row |= dict(machine=f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, {where['device']}")
     row |= dict(
         run=job.run, kit="+".join(dict.fromkeys(versions)) or None, curve=" ".join(f"{steps}:{score:.1f}" for steps, score in curve)
     )
@@ -505,10 +508,12 @@ def report(study: Study, rows: list[dict], missing: list[str]) -> list:
     for table in tables:
         table.box, table.title_justify = box.MARKDOWN, "left"
     missing = [f"\nMissing: {line}" for line in missing]
+    machines = sorted({row.get("machine") or "a machine that the row does not name" for row in rows})
     return [
         f"## {study.name}\n\nQuestion: {study.question}\nClaim: {study.claim}\n",
         *tables,
         *missing,
+        f"\nMade on: {'; '.join(machines)}",
         f"\n{study.name}: {verdict}{provisional(study, rows)}",
     ]
 
@@ -520,18 +525,30 @@ def check(study: Study, rows: list[dict], reference: list[dict]) -> list:
     )
     lines = []
     for arm in study.arms:
-        (x, new), (y, old) = ((values(study, some, arm, study.metric), values(study, some, arm, "solved")) for some in (rows, reference))
-        if min(len(x), len(y)) >= 3:
-            same = set.intersection(
-                *({(r["run"], r["seed"], r[study.metric]) for r in some if r["arm"] == arm} for some in (rows, reference))
-            )
+        both = [[row for row in some if row["arm"] == arm] for some in (rows, reference)]
+        (x, new), (y, old) = ((values(study, some, arm, study.metric), values(study, some, arm, "solved")) for some in both)
+        if min(len(x), len(y)) >= 3 and np.isfinite([*x, *y]).all():
+            same = set.intersection(*({(row["run"], row["seed"], row[study.metric]) for row in some} for some in both))
             p, q = stats.improvement(x, y)[3], stats.fisher(int(new.sum()), len(new), int(old.sum()), len(old))
             lines.append((arm, f"{len(x)}, {len(y)}", str(len(same)), f"{x.mean():.4g}, {y.mean():.4g}", p, q))
     corrected = iter(stats.holm([p for line in lines for p in line[4:]]))
     for *cells, _, _ in lines:
         p, q = next(corrected), next(corrected)
         table.add_row(*cells, spoken_p(p), spoken_p(q), "differs beyond chance" if min(p, q) < 0.05 else "no difference found")
-    return [table] if lines else ["Nothing to compare: an arm needs three new runs and three in ablations/results/."]
+    nothing = f"Nothing to compare: an arm needs {study.metric} of three new runs and of three in ablations/results/."
+    return [table] if lines else [nothing]
+
+
+def reference_rows(study: Study) -> list[dict]:
+    """The committed rows of a study. Raises UsageError where they are no rows of runs."""
+    path = RESULTS / f"{study.name}.csv"
+    try:
+        rows = read_rows(path)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"{path} can't be read: {error}.")
+    if rows and (lost := {"arm", "seed", "run", "solved", study.metric} - rows[0].keys()):
+        raise UsageError(f"{path} has no column {sorted(lost)[0]!r}, so nothing can be compared with it.")
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------------- picture
@@ -614,7 +631,9 @@ def run_study(study: Study):
         chosen = parse_seeds(seeds)
         table = expand(study, chosen[:1] if smoke else chosen, script.resolve(), smoke)
         if index is not None and index >= len(table):
-            raise UsageError(f"--index {index} is too high: there are {len(table)} runs, counted from 0.")
+            raise UsageError(f"--index {index} (or the job array's) is too high: there are {len(table)} runs, counted from 0.")
+        if index is not None and compare:
+            raise UsageError("--check compares whole batches: leave it to the page without an index.")
         raise typer.Exit(carry_out(study, table, index, jobs, dry_run, smoke, backend, scheduler, script.resolve(), reuse, compare))
 
     command.__doc__ = f"{study.question}\n\nClaim: {study.claim}"
@@ -645,6 +664,8 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     if old:
         record(path, list(old.values()))
         say(f"{len(old)} rows from ablations/results/")
+
+    reference = reference_rows(study) if compare else []
 
     stop, caught, missing = folder / f"stop-{os.urandom(4).hex()}", [], []  # no process number: each container may count from 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -695,7 +716,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
             conclude(study, rows, missing, folder, console)
         if compare:
             mine = [row for row in rows if (row["arm"], row["seed"]) in fresh]
-            for thing in check(study, mine, read_rows(RESULTS / f"{study.name}.csv")):
+            for thing in check(study, mine, reference):
                 wide(console).print(thing)
     if caught:
         say("Stopped; the runs are saved. The same command goes on from there.")
@@ -738,3 +759,7 @@ def show_plan(study: Study, table: list[Job], jobs: list[Job], old: dict, consol
     console.print(f"{study.question}\nClaim: {study.claim}", highlight=False, markup=False)
     wide(console).print(shown)
     console.print(f"{len(jobs)} runs, about {cost:,.0f} CPU minutes left to run ({cost / 60:.1f} hours)", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit("Error: this is what the pages beside it call; run one of them, such as python ablations/heads.py --dry-run.")

@@ -80,6 +80,7 @@ if __name__ == "__main__":
     if crash == 3:
         summary["final_return_mean"] = None
     (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "env.json").write_text(json.dumps(dict(cpu="a processor", cores=2, torch="2.13.0", device="cpu")))
     sys.exit(3 if crash == 3 else 0)
 '''  # fmt: skip
 
@@ -124,6 +125,9 @@ def test_a_batch_runs_each_seed_of_each_arm_once_and_a_second_one_runs_nothing(s
     said = capsys.readouterr().out
     assert "made_up: reproduced" in said
     assert (Path("runs/studies/made_up_fake") / "study.png").stat().st_size > 10_000
+    assert "Made on: a processor, 2 cores, torch 2.13.0, cpu\n" in said and {row["machine"] for row in rows(study())} == {
+        "a processor, 2 cores, torch 2.13.0, cpu"
+    }
 
 
 def test_rows_name_the_version_of_the_scripts_that_ran_and_not_the_newest(script, capsys):
@@ -276,7 +280,14 @@ def test_a_run_by_index_can_be_stopped_too(script, tmp_path):
 
 def test_bad_input_is_one_sentence(script, tmp_path):
     done = subprocess.run([*page(tmp_path), "--seeds", "0-1", "--index", "4"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "Error: --index 4 is too high: there are 4 runs, counted from 0.\n"
+    assert done.returncode == 2 and done.stderr == "Error: --index 4 (or the job array's) is too high: there are 4 runs, counted from 0.\n"
+    done = subprocess.run([*page(tmp_path), "--index", "0", "--check"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "Error: --check compares whole batches: leave it to the page without an index.\n"
+    done = subprocess.run([sys.executable, run.__file__], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Error: this is what the pages beside it call")
+    (tmp_path / "wrong.py").write_text("Settings = unknown")
+    with pytest.raises(UsageError, match="is not a fork of ppo_mbrl.py: NameError: name 'unknown' is not defined"):
+        run.expand(study(), [0], tmp_path / "wrong.py")
     done = subprocess.run([*page(tmp_path), "--scheduler", "tcp://here:1"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "Error: --scheduler goes with --backend dask.\n"
     with pytest.raises(UsageError, match="unknown setting 'wm_target'"):
@@ -363,7 +374,16 @@ def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypa
     assert "| 4, 10 | 0 " in capsys.readouterr().out
     os.rename("runs", "elsewhere")
     batch(study(), script, seeds="0-9", compare=True, reuse=True)  # the reference is no witness for itself
-    assert capsys.readouterr().out.rstrip().endswith("three in ablations/results/.")
+    assert capsys.readouterr().out.rstrip().endswith("of three in ablations/results/.")
+    for text, words in (("arm,seed\nlow,0\n", "has no column 'final_return_mean'"), ("a\0b\n1\n", "has no column 'arm'|can't be read")):
+        (tmp_path / "results" / "made_up.csv").write_text(text)
+        with pytest.raises(UsageError, match=words):
+            batch(study(), script, seeds="0-3", compare=True)
+
+
+def test_a_check_finds_no_agreement_where_there_are_no_numbers():
+    none = [row | dict(run="x", final_return_mean=None) for row in made_up(low=[1, 2, 3])]
+    assert run.check(study(), none, none)[0].startswith("Nothing to compare")
 
 
 def test_a_run_that_somebody_else_stops_is_resumed(script):
