@@ -2,7 +2,8 @@
 
 The article: "the agent's rapid initial improvement can suddenly be followed by a collapse in model accuracy and agent reward". `fall` is how far
 evaluations, smoothed over three, fell from their maximum once that was 100 above the first; `model_collapsed` is whether the median open-loop error
-on held-out episodes was twice as large around the lowest point as around that maximum. The runs are those of local_optimum.py.
+on held-out episodes was twice as large around the lowest point as around that maximum. Both are this page's own measures, not the outcome
+"collapsed" of a run's summary, which is of its final score. The runs are those of local_optimum.py.
 
     python ablations/collapse.py --seeds 0-9 --jobs 2
 """

@@ -4,7 +4,8 @@ Averages with percentile-bootstrap intervals and performance profiles (Agarwal e
 differences as probability of improvement with Mann and Whitney's test (1947) or as rates with Fisher's exact test, corrected by Holm (1979).
 
 A sample is an array (n) of one number a run; the strata of a sample, such as several environments, are resampled each by itself. Intervals are of 95 %.
-At n = 10 a percentile-bootstrap interval of a mean covers it in about 90 of 100 studies; tests/test_studies.py measures that. An interquartile mean
+At n = 10 a percentile-bootstrap interval of a mean covers it in about 90 of 100 studies (tests/test_studies.py measures that), at n = 5 in 79 to 85,
+at n = 3 in 63 to 77: read intervals of small arms as too narrow. Tests and the intervals of rates are exact or nearly so. An interquartile mean
 hides collapse (two runs of ten at -300 leave it where it was), so rates always stand beside it.
 """
 
