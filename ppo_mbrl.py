@@ -204,6 +204,8 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
         raise UsageError(
             f"Environment {env_id!r} does not fit: it needs a flat Box observation and Discrete actions, and has {obs} and {action}."
         )
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit of its own it might never come to the end of an evaluation
     return env
 
 

@@ -358,6 +358,17 @@ def test_actions_may_start_anywhere_and_an_ending_at_the_time_limit_is_an_ending
         assert terminated.tolist() == [t % 7 == 0] * 2 and not truncated.any()
 
 
+class Endless(Counted):
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+
+def test_an_environment_without_a_time_limit_gets_one():
+    scores = ppo_mbrl.play(lambda obs: torch.zeros(len(obs), dtype=torch.long), registered("Endless-v0", entry_point=Endless), 2, 0)
+    assert scores.lengths.tolist() == [10_000] * 2 and scores.timeouts.all() and scores.returns.tolist() == [10_000] * 2
+    assert ppo_mbrl.make_env("CartPole-v1").spec.max_episode_steps == 500
+
+
 class Odd(gym.Env):
     def __init__(self, observation_space, action_space):
         self.observation_space, self.action_space = observation_space, action_space
