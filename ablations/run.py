@@ -567,9 +567,12 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
     colours = {arm: "0.6" for arm in arms} | {arm: plt.get_cmap("tab10")(i % 10) for i, arm in enumerate(shown)}
     every = np.concatenate([values(study, rows, arm, study.metric) for arm in arms])
     taus = np.linspace(every.min(), every.max(), 200)
+    lengths = [max(row["real_steps"] for row in rows if row["arm"] == arm) for arm in arms]
+    scale = "log" if max(lengths) > 5 * min(lengths) else "linear"
     for i, arm in enumerate(arms):
         mine, colour, x = [row for row in rows if row["arm"] == arm], colours[arm], values(study, rows, arm, study.metric)
         paths = [np.array([point.split(":") for point in row["curve"].split()], float) for row in mine if row["curve"] and arm in shown]
+        paths = [path_of_seed[path_of_seed[:, 0] > (0 if scale == "log" else -1)] for path_of_seed in paths]
         for path_of_seed in paths:
             curves.plot(*path_of_seed.T, color=colour, linewidth=0.4, alpha=0.5)
         if paths:  # all on the steps of the longest; a run that ended early keeps its last value
@@ -592,9 +595,7 @@ def draw(study: Study, rows: list[dict], verdict: str, path: Path):
             profiles.plot(taus, share, color=colour, label=arm)
             profiles.fill_between(taus, low, high, color=colour, alpha=0.15, linewidth=0)
     low, high = np.percentile(np.concatenate([line.get_ydata() for line in curves.lines] or [[0, 1]]), [2, 100])
-    lengths = [max(row["real_steps"] for row in rows if row["arm"] == arm) for arm in arms]
-    curves.set_xscale("log" if max(lengths) > 5 * min(lengths) else "linear")
-    curves.set(title="Return, greedy: IQM, 95 % interval, each seed", xlabel="real steps", ylim=(low - 20, high + 20))
+    curves.set(title="Return, greedy: IQM, 95 % interval, each seed", xlabel="real steps", ylim=(low - 20, high + 20), xscale=scale)
     seeds.set(title=f"{study.metric}: each seed, mean and IQM", xticks=range(len(arms)))
     seeds.set_xticklabels(arms, rotation=25 if len(arms) <= 10 else 90, ha="right" if len(arms) <= 10 else "center")
     rates.set(
