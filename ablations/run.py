@@ -174,7 +174,7 @@ def expand(study: Study, seeds: list[int], script: Path = ROOT / "ppo_mbrl.py", 
 
 def status(folder: Path) -> str:
     """'finished' or 'diverged' if there is nothing left to do in a run's folder, else ''."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads((folder / "summary.json").read_text())["status"]
         return found if found in ("finished", "diverged") else ""
     return ""
@@ -224,18 +224,22 @@ def execute(command: list[str], folder: Path, stop: Path, wait: bool = True) -> 
 # --------------------------------------------------------------------------------------------------------------------- batch
 
 
-PATIENCE = 20  # so often workers may die, over and over, before their jobs are given up
-GRACE = 60  # seconds from a stop to leaving without those workers that do not answer
+PATIENCE = 20  # so often in a row workers may die, and no job end, before those that are left are given up
+GRACE = 30  # seconds from a stop to leaving without those workers that do not answer
 
 
-def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Path, ended: Callable[[Job, str, str], None]):
-    """All jobs on worker processes; ended(job, how, words) is called for each. A worker that is killed takes no job with it."""
+def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Path, ended: Callable[[Job, str, str], None]) -> bool:
+    """All jobs on worker processes; ended(job, how, words) is called for each. A worker that is killed takes no job with it.
+
+    Returns whether every job was answered for; after a stop some may not be, and will look for `stop` yet.
+    """
+    task = lambda *given: execute(*given)  # noqa: E731  (goes by value: a scheduler elsewhere can't import this file)
     left, wait, deaths = jobs, False, 0
     while left:
         again, leave = [], float("inf")
-        with pool(backend, scheduler, workers) as (executor, death):
+        with pool(backend, scheduler, min(workers, len(left))) as (executor, death):
             paths = [(job.folder.absolute(), stop.absolute()) for job in left]
-            doing = {executor.submit(execute, job.command, *path, wait): job for job, path in zip(left, paths)}
+            doing = {executor.submit(task, job.command, *path, wait): job for job, path in zip(left, paths)}
             pending, died = set(doing), False
             while pending and time.time() < leave:
                 done, pending = concurrent.futures.wait(pending, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -246,20 +250,24 @@ def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Pat
                     try:
                         how, words = future.result()
                     except (death, concurrent.futures.CancelledError):
-                        died = True
-                        how, words = "busy", ""
+                        died, how, words = True, "busy", ""
+                    except Exception as error:  # of the job alone, such as a log that can't be written
+                        how, words = "crashed", f"{type(error).__name__}: {error}"
                     if how == "busy":
                         again.append(job)
                     else:
                         ended(job, how, words)
             for future in pending:
                 ended(doing[future], "interrupted", "no worker answers")
-        deaths += died
+            if pending:
+                return False
+        deaths = deaths + 1 if died and len(again) == len(left) else 0
         if deaths > PATIENCE:
             for job in again:
                 ended(job, "given up:", "workers are killed again and again; is there too little memory for so many --jobs?")
             again = []
         left, wait = again, wait or not died  # what another launcher is at work on comes last
+    return True
 
 
 @contextlib.contextmanager
@@ -314,7 +322,7 @@ class Board:
 def newest(folder: Path) -> dict:
     """The newest numbers in a run's metrics."""
     row = {}
-    with contextlib.suppress(OSError, ValueError):  # the last row may be half written
+    with contextlib.suppress(OSError, ValueError, TypeError):  # the last row may be half written
         for line in (folder / "metrics.jsonl").read_text().splitlines()[-40:]:
             row |= json.loads(line)
     return row
@@ -368,8 +376,8 @@ def kit_version(script: Path) -> str:
     return hashlib.sha256(text).hexdigest()[:10]
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a CSV, with numbers, True and False as such; [] if there is none."""
+def read_rows(path: Path, *needed: str) -> list[dict]:
+    """The rows of a CSV, with numbers, True and False as such; [] if there is none. Raises UsageError where it holds something else, or lacks a column."""
 
     def value(text: str):
         if text in ("True", "False", ""):
@@ -381,9 +389,20 @@ def read_rows(path: Path) -> list[dict]:
 
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        texts = ("arm", "kit")  # also where they look like numbers
-        return [{name: x if name in texts else value(x) for name, x in row.items()} for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="") as file:
+            texts = ("arm", "kit")  # also where they look like numbers
+            rows = [{name: x if name in texts else value(x) for name, x in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, AttributeError, csv.Error) as error:
+        raise UsageError(f"{path} can't be read as rows of runs: {error}.")
+    if rows and (lost := set(needed) - rows[0].keys()):
+        raise UsageError(f"{path} has no column {sorted(lost)[0]!r}.")
+    if odd := [row["seed"] for row in rows if "seed" in needed and type(row["seed"]) is not int]:
+        raise UsageError(f"{path} has a row with {odd[0]!r} for a seed.")
+    return rows
+
+
+RUN = "arm", "seed", "run"  # the columns that say which run a row is of
 
 
 def record(path: Path, rows: list[dict]):
@@ -391,7 +410,7 @@ def record(path: Path, rows: list[dict]):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        known = {(row["arm"], row["seed"], row["run"]): row for row in read_rows(path) + rows}
+        known = {(row["arm"], row["seed"], row["run"]): row for row in read_rows(path, *RUN) + rows}
         names = list(dict.fromkeys(name for row in known.values() for name in row))
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
@@ -539,18 +558,6 @@ def check(study: Study, rows: list[dict], reference: list[dict]) -> list:
     return [table] if lines else [nothing]
 
 
-def reference_rows(study: Study) -> list[dict]:
-    """The committed rows of a study. Raises UsageError where they are no rows of runs."""
-    path = RESULTS / f"{study.name}.csv"
-    try:
-        rows = read_rows(path)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path} can't be read: {error}.")
-    if rows and (lost := {"arm", "seed", "run", "solved", study.metric} - rows[0].keys()):
-        raise UsageError(f"{path} has no column {sorted(lost)[0]!r}, so nothing can be compared with it.")
-    return rows
-
-
 # ------------------------------------------------------------------------------------------------------------------- picture
 
 
@@ -635,6 +642,8 @@ def run_study(study: Study):
             raise UsageError(f"--index {index} (or the job array's) is too high: there are {len(table)} runs, counted from 0.")
         if index is not None and compare:
             raise UsageError("--check compares whole batches: leave it to the page without an index.")
+        if smoke and compare:
+            raise UsageError("--check has nothing to compare smoke runs with.")
         raise typer.Exit(carry_out(study, table, index, jobs, dry_run, smoke, backend, scheduler, script.resolve(), reuse, compare))
 
     command.__doc__ = f"{study.question}\n\nClaim: {study.claim}"
@@ -666,7 +675,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         record(path, list(old.values()))
         say(f"{len(old)} rows from ablations/results/")
 
-    reference = reference_rows(study) if compare else []
+    reference = read_rows(RESULTS / f"{study.name}.csv", *RUN, "solved", study.metric) if compare else []
 
     stop, caught, missing = folder / f"stop-{os.urandom(4).hex()}", [], []  # no process number: each container may count from 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -682,7 +691,7 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         if how in ("finished", "diverged"):
             try:
                 row = describe(study, job)
-            except (OSError, ValueError, LookupError, UsageError) as error:
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError) as error:
                 # a folder that was damaged, or copied in part, costs its own row and no other
                 how, words = "finished, but can't be read:", f"{type(error).__name__}, {error}".splitlines()[0]
             else:
@@ -695,29 +704,33 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
         live.console.print(missing[-1], highlight=False, markup=False, soft_wrap=True)
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    board = Board(todo, len(old), workers)
+    board, answered = Board(todo, len(old), workers), True
     try:
         with Live(board if console.is_terminal else "", console=console, refresh_per_second=1, transient=True) as live:
             if index is None:
-                batch(todo, workers, backend, scheduler, stop, ended)
+                answered = batch(todo, workers, backend, scheduler, stop, ended)
             else:
                 for job in todo:
                     ended(job, *execute(job.command, job.folder, stop))
     finally:
-        stop.unlink(missing_ok=True)
+        if answered:
+            stop.unlink(missing_ok=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if index is None:
-        rows = read_rows(path)  # also those of other launchers and seeds, but none of an arm that was declared otherwise
+
+    def as_declared(rows: list[dict]) -> list[dict]:  # none of an arm that was declared otherwise
         now = {(job.arm, job.run, job.seed) for job in expand(study, list(dict.fromkeys(row["seed"] for row in rows)), script, smoke)}
-        rows = [row for row in rows if (row["arm"], row["run"], row["seed"]) in now]
+        return [row for row in rows if (row["arm"], row["run"], row["seed"]) in now]
+
+    if index is None:
+        rows = as_declared(read_rows(path, *RUN))  # also those of other launchers and seeds
         if older := sum(row["kit"] != kit for row in rows):
             say(f"{older} of {len(rows)} rows are of another version of the scripts. To make them anew, delete their run folders.")
         if rows:
             conclude(study, rows, missing, folder, console)
         if compare:
             mine = [row for row in rows if (row["arm"], row["seed"]) in fresh]
-            for thing in check(study, mine, reference):
+            for thing in check(study, mine, as_declared(reference) if script == ROOT / study.script else reference):
                 wide(console).print(thing)
     if caught:
         say("Stopped; the runs are saved. The same command goes on from there.")

@@ -198,8 +198,7 @@ def test_a_run_that_takes_its_workers_along_is_given_up_and_reported(backend, sc
     said = capsys.readouterr().out
     missing = [line for line in said.splitlines() if line.startswith("Missing: ")]
     assert any(line.startswith("Missing: high, seed 1: given up: workers are killed again and again") for line in missing)
-    assert len(missing) + len(rows(study())) == 6  # a pool of joblib's takes all with it that have not ended
-    assert backend == "loky" or len(missing) == 1
+    assert len(missing) == 1 and len(rows(study())) == 5
 
 
 @pytest.mark.slow
@@ -375,7 +374,10 @@ def test_a_check_tells_runs_that_differ_beyond_chance(script, tmp_path, monkeypa
     os.rename("runs", "elsewhere")
     batch(study(), script, seeds="0-9", compare=True, reuse=True)  # the reference is no witness for itself
     assert capsys.readouterr().out.rstrip().endswith("of three in ablations/results/.")
-    for text, words in (("arm,seed\nlow,0\n", "has no column 'final_return_mean'"), ("a\0b\n1\n", "has no column 'arm'|can't be read")):
+    for text, words in (
+        ("arm,seed,run\nlow,0,x\n", "has no column 'final_return_mean'"),
+        ("a\0b\n1\n", "has no column 'arm'|can't be read"),
+    ):
         (tmp_path / "results" / "made_up.csv").write_text(text)
         with pytest.raises(UsageError, match=words):
             batch(study(), script, seeds="0-3", compare=True)
@@ -406,11 +408,48 @@ def test_a_run_that_somebody_else_stops_is_resumed(script):
 
 
 @pytest.mark.slow
-def test_a_batch_runs_on_a_dask_cluster(script):
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        assert batch(study(), script, backend="dask", scheduler=cluster.scheduler_address) == 0
+def test_a_batch_runs_on_a_dask_cluster_whose_processes_know_nothing_of_the_kit(script, tmp_path_factory):
+    pytest.importorskip("distributed")
+    elsewhere, address = tmp_path_factory.mktemp("elsewhere"), "tcp://127.0.0.1:18786"
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "18786", "--no-dashboard"]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nworkers", "2", "--nthreads", "1", "--no-dashboard"]
+    cluster = [subprocess.Popen(words, cwd=elsewhere, stderr=subprocess.DEVNULL) for words in (dask, worker)]
+    try:
+        assert batch(study(), script, backend="dask", scheduler=address) == 0
+    finally:
+        for process in reversed(cluster):
+            process.terminate()
+            process.wait()
     assert calls() == [1] * 6 and len(rows(study())) == 6
+
+
+def test_who_answers_too_late_after_a_stop_begins_nothing(script, monkeypatch, capsys):
+    monkeypatch.setattr(run, "GRACE", 0)
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert batch(study(dict(slow=dict(gamma=8), high=dict(hidden=1, gamma=8))), script) == 128 + signal.SIGTERM
+    assert "no worker answers" in capsys.readouterr().out
+    begun = calls()
+    time.sleep(3)
+    assert calls() == begun and len(begun) <= 2 and list(Path("runs/studies").rglob("stop-*"))  # which the others still find
+
+
+def test_a_job_that_can_not_even_begin_costs_no_other(script, capsys):
+    (job, *_) = run.expand(study(), [1], script)
+    Path(f"{job.folder}.log").mkdir(parents=True)
+    assert batch(study(), script) == 1 and len(rows(study())) == 5
+    assert "Missing: low, seed 1: crashed IsADirectoryError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("a,b\n1,2\n", "no column 'arm'"), ("arm,seed,run\nlow\n", "can't be read"), ("arm,seed,run\nlow,x,y\n", "'x' for a seed"), ("\xff\xfe,b\n", "can't be read|no column")],
+)  # fmt: skip
+def test_damaged_rows_are_one_sentence(text, words, script):
+    path = Path("runs/studies/made_up_fake/rows.csv")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=words):
+        batch(study(), script)
 
 
 @pytest.mark.parametrize(
