@@ -13,7 +13,7 @@ STUDY = Study(
     shared=SHORT,
     tests=[More("5", "1", "mean_return"), More("3", "1", "mean_return")],
     metric="mean_return",
-    minutes={"5": 1.9, "1": 1.1, "2": 1.3, "3": 1.5, "7": 2.4},
+    minutes={"5": 1.9, "1": 1.4, "2": 1.3, "3": 1.5, "7": 2.4},
 )
 
 if __name__ == "__main__":
