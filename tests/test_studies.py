@@ -544,6 +544,50 @@ def test_a_model_collapses_if_its_error_doubles_where_the_return_falls(scores, e
     assert model_collapse(tmp_path) == dict(fell=fell, model_collapsed=collapsed)
 
 
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    given = "--env-id CartPole-v1 --uncertainty both --warmup-steps 300 --total-steps 330 --num-steps 30 --rounds 1 --wm-updates 2 --wm-first-updates 2 --wm-hidden 8 --dreams 8 --dream-steps 5"
+    command = [sys.executable, str(ROOT / "ppo_mbrl.py"), *given.split(), "--run-dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_areas_of_the_autoencoder_page_are_those_of_all_pairs(tiny_run, monkeypatch):
+    import autoencoder
+    import torch
+
+    seen = {}
+
+    def judged(model, replay, t, n):
+        found, generator = autoencoder_judge(model, replay, t, n), torch.Generator().manual_seed(0)
+        seen["error"], seen["unusual"], seen["disagreement"] = torch.rand(3, len(t), generator=generator)
+        off = seen["error"][:, None] * model.change_scale.std  # the mean of all members is off by so much in each column
+        mean = (found.steps.next_obs + off).expand_as(found.expected.mean)
+        return found._replace(expected=found.expected._replace(mean=mean), unusual=seen["unusual"], disagreement=seen["disagreement"])
+
+    autoencoder_judge = autoencoder.judge
+    monkeypatch.setattr(autoencoder, "judge", judged)
+    row = autoencoder.STUDY.measure(tiny_run)
+    wrong = seen["error"] > seen["error"].quantile(0.9)
+    for name, x in (("roc_autoencoder", seen["unusual"]), ("roc_disagreement", seen["disagreement"])):
+        assert row[name] == pytest.approx(float((x[wrong][:, None] > x[~wrong]).float().mean()), abs=1e-6)
+    assert row["autoencoder_finds"] == (row["roc_autoencoder"] > 0.5)
+    assert row["autoencoder_finds_more"] == (row["roc_autoencoder"] > row["roc_disagreement"])
+
+
+def test_the_errors_of_the_reward_page_are_relative_to_the_size_of_rewards(tiny_run, monkeypatch):
+    import reward_tail
+    import torch
+
+    real = torch.tensor([1.0, -1.0] * 147 + [0.0] + [100.0, -100.0] * 3)  # median 0, the rarest hundredth is of size 100
+    expected = torch.where(real.abs() > 1, 0.4 * real, 0.9 * real)
+    monkeypatch.setattr(reward_tail, "expected_rewards", lambda *_, **__: (real, expected))
+    row = reward_tail.STUDY.measure(tiny_run)
+    assert row == dict(error_of_rare=pytest.approx(0.6), error_of_usual=pytest.approx(0.1), rare_is_worse=True)
+
+
 def test_averages_are_those_of_rliable():
     rliable = pytest.importorskip("rliable.library")
     from rliable import metrics
