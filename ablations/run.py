@@ -133,11 +133,12 @@ def parse_seeds(text: str) -> list[int]:
 def load_settings(script: Path):
     """The Settings of ppo_mbrl.py or of a fork of it."""
     try:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        sys.modules[script.stem] = module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"script_{script.stem}", script)  # a fork may be called json.py
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        fields(module.Settings)
         return module.Settings
-    except Exception as error:  # whatever a script may raise while it is imported
+    except (Exception, SystemExit) as error:  # whatever a script may raise while it is imported
         raise UsageError(f"--script {script} is not a fork of ppo_mbrl.py: {type(error).__name__}: {error}.")
 
 
@@ -758,18 +759,17 @@ def conclude(study: Study, rows: list[dict], missing: list[str], folder: Path, c
 def show_plan(study: Study, table: list[Job], jobs: list[Job], old: dict, console: Console):
     """The runs of a study, where they stand, and what is left to pay."""
     shown, cost, seen = Table("index", "arm", "seed", "command", "state", "CPU min", box=box.SIMPLE), 0.0, set()
-    for i, job in enumerate(table):
-        if job in jobs:
-            state = (
-                "in results"
-                if (job.arm, job.seed) in old
-                else status(job.folder) or ("shared" if job.folder in seen else "begun" if job.folder.exists() else "")
-            )
-            seen.add(job.folder)
-            minutes = 0 if state in ("in results", "finished", "diverged", "shared") else job.minutes
-            cost += minutes
-            words = " ".join(["python", Path(job.command[1]).name, *job.command[2:]])
-            shown.add_row(str(i), job.arm, str(job.seed), words, state, f"{minutes:g}")
+    index = {(job.arm, job.seed): str(i) for i, job in enumerate(table)}
+    for job in jobs:
+        if (job.arm, job.seed) in old:
+            state = "in results"
+        else:
+            state = status(job.folder) or ("shared" if job.folder in seen else "begun" if job.folder.exists() else "")
+        seen.add(job.folder)
+        minutes = 0 if state in ("in results", "finished", "diverged", "shared") else job.minutes
+        cost += minutes
+        words = " ".join(["python", Path(job.command[1]).name, *job.command[2:]])
+        shown.add_row(index[job.arm, job.seed], job.arm, str(job.seed), words, state, f"{minutes:g}")
     console.print(f"{study.question}\nClaim: {study.claim}", highlight=False, markup=False)
     wide(console).print(shown)
     console.print(f"{len(jobs)} runs, about {cost:,.0f} CPU minutes left to run ({cost / 60:.1f} hours)", highlight=False)

@@ -284,6 +284,11 @@ def test_bad_input_is_one_sentence(script, tmp_path):
     assert done.returncode == 2 and done.stderr == "Error: --check compares whole batches: leave it to the page without an index.\n"
     done = subprocess.run([sys.executable, run.__file__], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("Error: this is what the pages beside it call")
+    (tmp_path / "forks").mkdir()
+    for text in ("Settings = 1", "raise SystemExit"):
+        (tmp_path / "forks" / "json.py").write_text(text)
+        with pytest.raises(UsageError, match="is not a fork of ppo_mbrl.py"):
+            run.expand(study(), [0], tmp_path / "forks" / "json.py")
     (tmp_path / "wrong.py").write_text("Settings = unknown")
     with pytest.raises(UsageError, match="is not a fork of ppo_mbrl.py: NameError: name 'unknown' is not defined"):
         run.expand(study(), [0], tmp_path / "wrong.py")
