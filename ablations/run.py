@@ -625,7 +625,7 @@ def run_study(study: Study):
 
     def command(
         seeds: Annotated[str, typer.Option(help="Seeds, such as 0-9 or 1,4,7.")] = study.seeds,
-        jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+        jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each. A cluster at an address decides for itself.")] = 2,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the runs and what they cost.")] = False,
         smoke: Annotated[bool, typer.Option("--smoke", help="One run an arm, of a minute at most, to see that it works.")] = False,
         backend: Annotated[Literal["loky", "dask"], typer.Option(help="Worker processes of joblib, or a Dask cluster.")] = "loky",
