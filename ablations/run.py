@@ -282,10 +282,15 @@ def pool(backend: str, scheduler: str, workers: int):
         import distributed
     except ImportError:
         raise UsageError("--backend dask needs one more package: pip install distributed==2026.8.0")
+    handler = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # as its workers inherit it: Ctrl-C is for this process, which asks runs to leave
     try:
         client = distributed.Client(scheduler, timeout=20) if scheduler else distributed.Client(n_workers=workers, threads_per_worker=1)
     except (OSError, ValueError) as error:
         raise UsageError(f"No Dask scheduler answers at {scheduler}: {error}.")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     with client:
         yield client.get_executor(pure=False), distributed.KilledWorker
 

@@ -215,7 +215,8 @@ PAGE = """
 import sys
 sys.path[:0] = [{ablations!r}]
 from run import More, Often, Study, run_study
-run_study(Study("made_up", "Which is higher?", "The high one.", {arms!r}, [More("high", "low")]))
+if __name__ == "__main__":
+    run_study(Study("made_up", "Which is higher?", "The high one.", {arms!r}, [More("high", "low")]))
 """
 
 
@@ -246,6 +247,19 @@ def test_stopping_a_batch_lets_its_runs_save_and_reports_what_there_is(number, j
     assert len(list(Path("runs").rglob("saved"))) == len(calls()) - finished <= jobs and not list(Path("runs/studies").rglob("stop-*"))
     (report,) = Path("runs/studies").rglob("report.md")
     assert "Missing: high, seed 0: interrupted" in report.read_text() and "made_up: inconclusive" in said
+
+
+@pytest.mark.parametrize("backend", ["loky", pytest.param("dask", marks=pytest.mark.slow)])
+def test_ctrl_c_reaches_all_processes_and_ends_the_batch_at_once(backend, script, tmp_path):
+    command = [*page(tmp_path, dict(low=dict(gamma=60), high=dict(gamma=60, hidden=300))), "--seeds", "0-9", "--backend", backend]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    while not calls():
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(launcher.pid, signal.SIGINT)
+    said = launcher.communicate(timeout=20)[0]
+    assert launcher.returncode == 130 and "The same command goes on from there" in said and "no worker answers" not in said, said
+    assert len(list(Path("runs").rglob("saved"))) == len(calls())
 
 
 def test_another_process_in_a_run_is_waited_for(script):
