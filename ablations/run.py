@@ -247,17 +247,12 @@ def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Pat
                 if stop.exists():
                     leave = min(leave, time.time() + GRACE)  # for what no worker will answer
                 for future in done:
-                    job = doing[future]
-                    try:
-                        how, words = future.result()
-                    except (death, concurrent.futures.CancelledError):
-                        died, how, words = True, "busy", ""
-                    except Exception as error:  # of the job alone, such as a log that can't be written
-                        how, words = "crashed", f"{type(error).__name__}: {error}"
-                    if how == "busy":
-                        again.append(job)
+                    how, words = answer(future, death)
+                    died |= how == "died"
+                    if how in ("busy", "died"):
+                        again.append(doing[future])
                     else:
-                        ended(job, how, words)
+                        ended(doing[future], how, words)
             for future in pending:
                 ended(doing[future], "interrupted", "no worker answers")
             if pending:
@@ -269,6 +264,16 @@ def batch(jobs: list[Job], workers: int, backend: str, scheduler: str, stop: Pat
             again = []
         left, wait = again, wait or not died  # what another launcher is at work on comes last
     return True
+
+
+def answer(future: concurrent.futures.Future, death: type[Exception]) -> tuple[str, str]:
+    """What `execute` returned, or 'died' if its worker did."""
+    try:
+        return future.result()
+    except (death, concurrent.futures.CancelledError):
+        return "died", ""
+    except Exception as error:  # of the job alone, such as a log that can't be written
+        return "crashed", f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
@@ -668,9 +673,8 @@ def carry_out(study, table, index, workers, dry_run, smoke, backend, scheduler, 
     committed = {}
     if reuse:  # rows of other studies have the same runs under other names, but not what this one measures
         others, own = [] if study.measure else sorted(RESULTS.glob("*.csv")), RESULTS / f"{study.name}.csv"
-        committed = {
-            (row["run"], row["seed"]): row for file in (*others, own, path) for row in read_rows(file) if "run" in row
-        }  # the last win
+        files = *others, own, path  # the last win
+        committed = {(row["run"], row["seed"]): row for file in files for row in read_rows(file) if "run" in row}
     foreign = [job for job in jobs if (job.run, job.seed) in committed and not status(job.folder)]
     old = {(job.arm, job.seed): committed[job.run, job.seed] | dict(arm=job.arm) for job in foreign}
     todo = [job for job in jobs if (job.arm, job.seed) not in old]

@@ -649,7 +649,7 @@ def test_exact_statistics_on_data_whose_answer_is_known():
 def test_intervals_cover_and_verdicts_are_rarely_false(studies, capsys):
     """Made-up studies of three arms with ten seeds each, scores as such runs have them: some stuck near 0, most near 250; no arm is better."""
     rng, covered, false = np.random.default_rng(0), 0, 0
-    declared = Study("x", "", "", {}, [More("a", "c"), More("b", "c", spread=True), Often("c", "lucky")])
+    declared = Study("x", "", "", {}, [More("a", "c"), More("b", "c"), More("b", "c", spread=True), Often("c", "lucky")])
     for _ in range(studies):
         stuck = rng.random((3, 10)) < 0.3
         scores = np.where(stuck, rng.normal(0, 40, (3, 10)), rng.normal(250, 20, (3, 10)))
