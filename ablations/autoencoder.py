@@ -10,25 +10,16 @@ import json
 from pathlib import Path
 
 import torch
-from run import SHORT, More, Often, Study, run_study, stats
-from safetensors.torch import load_file
+from run import SHORT, More, Often, Study, load_model, run_study, stats
 
-from world_model import ModelSettings, WorldModel, judge, load_replay, spread
+from world_model import judge, spread
 
 
 def areas(run_dir: Path) -> dict:
     """Areas under the ROC of both uncertainties, where the run has both."""
-    config = json.loads((run_dir / "config.json").read_text())
-    settings = ModelSettings(**{name: config[name] for name in ModelSettings.__dataclass_fields__})
-    if settings.uncertainty != "both":
+    if json.loads((run_dir / "config.json").read_text())["uncertainty"] != "both":
         return dict.fromkeys(("roc_autoencoder", "roc_disagreement", "autoencoder_finds", "autoencoder_finds_more"))
-    replay, tensors = (
-        load_replay(run_dir, settings.wm_holdout, settings.wm_newest),
-        load_file(sorted(run_dir.glob("checkpoint/*.safetensors"))[-1]),
-    )
-    size, actions = replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1
-    model = WorldModel(size, actions, settings)
-    model.load_state_dict({name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")})
+    model, replay = load_model(run_dir)
     judged = judge(model, replay, *spread(replay.held_out.nonzero(), 4096))
     error = model.mean_over_numbers(((judged.expected.mean.mean(0) - judged.steps.next_obs) / model.change_scale.std).square())
     wrong = error > error.quantile(0.9)

@@ -10,25 +10,16 @@ models: normalised columns, and a head of its own for the rewards of endings.
 Each run's own reward_histogram.png is the figure.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from run import SHORT, More, Often, Study, run_study
-from safetensors.torch import load_file
+from run import SHORT, More, Often, Study, load_model, run_study
 
-from world_model import ModelSettings, WorldModel, expected_rewards, load_replay, quantiles
+from world_model import expected_rewards, quantiles
 
 
 def relative_errors(run_dir: Path) -> dict:
-    config = json.loads((run_dir / "config.json").read_text())
-    settings = ModelSettings(**{name: config[name] for name in ModelSettings.__dataclass_fields__})
-    replay, tensors = (
-        load_replay(run_dir, settings.wm_holdout, settings.wm_newest),
-        load_file(sorted(run_dir.glob("checkpoint/*.safetensors"))[-1]),
-    )
-    model = WorldModel(replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1, settings)
-    model.load_state_dict({name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")})
+    model, replay = load_model(run_dir)
     real, expected = expected_rewards(model, replay, replay.held_out, limit=100_000)
     size = (real - real.median()).abs()
     tail = size >= quantiles(size, 0.99)[0]

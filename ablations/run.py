@@ -35,12 +35,13 @@ from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import stats  # noqa: E402
 
-from world_model import UsageError, pyplot, run_command  # noqa: E402
+from world_model import ModelSettings, Replay, UsageError, WorldModel, load_replay, pyplot, run_command  # noqa: E402
 
 RESULTS = ROOT / "ablations" / "results"
 
@@ -365,6 +366,17 @@ def describe(study: Study, job: Job) -> dict:
         run=job.run, kit="+".join(dict.fromkeys(versions)) or None, curve=" ".join(f"{steps}:{score:.1f}" for steps, score in curve)
     )
     return {name: round(float(x), 4) if isinstance(x, (float, np.floating)) else x for name, x in row.items()}
+
+
+def load_model(run_dir: Path) -> tuple[WorldModel, Replay]:
+    """The model of a finished run, and the real steps it was fitted to."""
+    config = json.loads((run_dir / "config.json").read_text())
+    settings = ModelSettings(**{name: config[name] for name in ModelSettings.__dataclass_fields__})
+    replay = load_replay(run_dir, settings.wm_holdout, settings.wm_newest)
+    tensors = load_file(sorted(run_dir.glob("checkpoint/*.safetensors"))[-1])
+    model = WorldModel(replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1, settings)
+    model.load_state_dict({name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")})
+    return model, replay
 
 
 def descent(scores) -> tuple[np.ndarray, np.ndarray]:
