@@ -12,7 +12,6 @@ Shapes: T time, N environments or dreams, O observation, A actions, B minibatch.
 """
 
 import contextlib
-import copy
 import difflib
 import fcntl
 import functools
@@ -91,7 +90,7 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
+    num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
     growth: float = setting(0.0625, "Real steps between two fits, as a share of those so far, up to --num-steps: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
@@ -102,30 +101,28 @@ class Settings(ModelSettings):
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
-    minibatch: int = setting(512, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(2048, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
-    entropy_coef: float = setting(0.01, "Weight of the entropy bonus.", 0, 1e6, "PPO")
+    entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
     max_grad_norm: float = setting(0.5, "Gradients are clipped to this global norm.", 1e-9, 1e9, "PPO")
     temperature: float = setting(1.0, "Divides the logits of the policy in the rollouts it is trained on, where it acts and in the ratio alike.", 1e-3, 1e3, "PPO")
     temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
-    rounds: int = setting(3, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
+    rounds: int = setting(5, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
     dreams: int = setting(200, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(120, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or by --good-weight, not in full.", panel="Dreams")
-    renew_growth: float = setting(0.4, "Whenever the data has grown by this share: up to --reset-from, an agent that is stuck begins anew; from there on, a new agent joins those who act, and the model begins anew. 0: nothing ever does.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on new agents join those who act. 0: they never do.", 0, 10**9, "Dreams")
-    committee: int = setting(3, "The newest so many agents act together, unless hardly any ending was good: then the newest alone.", 1, 1000, "Dreams")
+    caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or of good endings, not in full.", panel="Dreams")
+    renew_growth: float = setting(0.5, "Whenever the data has grown by this share: an agent that is stuck begins anew, up to --reset-from; model and agent, from there on. 0: nothing ever begins anew.", 0, 1e9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
     reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
-    reset_rounds: int = setting(30, "PPO updates of a new agent in such a model, before it acts.", 1, 1_000_000, "Dreams")
+    reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
-    good_weight: float = setting(3.0, "The share of good ones among the latest ten endings, so many times, is what a bad one is charged by, up to 1: once a third are good, the rest is to be made safe.", 0, 1e6, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
@@ -279,21 +276,7 @@ def mlp(size_in: int, hidden: int, size_out: int, last_gain: float) -> nn.Sequen
     return net
 
 
-class Policy(nn.Module):
-    """Acts by its logits: `logits(obs (..., O), temperature)` -> (..., A)."""
-
-    @torch.inference_mode()
-    def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-        """(N, O) -> sampled actions (N). The index of the smallest Exp(1) / p is a sample of p, and so it is if p is not normalised."""
-        logits = self.logits(obs, temperature)
-        return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
-
-    @torch.inference_mode()
-    def greedy(self, obs: Tensor) -> Tensor:
-        return self.logits(obs.to(next(self.parameters()).device)).argmax(-1)
-
-
-class Agent(Policy):
+class Agent(nn.Module):
     """A stochastic policy and a value function over the same observation, in its own units; in dreams normalised by the scales of the first fit."""
 
     def __init__(self, obs_dim: int, num_actions: int, hidden: int):
@@ -314,26 +297,15 @@ class Agent(Policy):
         """(..., O) -> (...)."""
         return self.critic(self.normaliser(obs)).squeeze(-1)
 
+    @torch.inference_mode()
+    def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """(N, O) -> sampled actions (N). The index of the smallest Exp(1) / p is a sample of p, and so it is if p is not normalised."""
+        logits = self.logits(obs, temperature)
+        return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
-class Committee(Policy):
-    """The agent that learns and the latest before it, who act together by the mean of their log-probabilities.
-
-    Each has come to trust errors of its own model, and lands badly in its own way; their mean lands better than most of them (bagging: Breiman, 1996).
-    """
-
-    def __init__(self, agent: Agent, size: int):
-        super().__init__()
-        self.agents = nn.ModuleList([agent, *(copy.deepcopy(agent) for _ in range(size - 1))])
-        self.register_buffer("number", torch.ones((), dtype=torch.long))  # of those who act: the first ones
-
-    def logits(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-        return sum(agent.logprobs(obs) for agent in self.agents[: int(self.number)]) / int(self.number) / temperature
-
-    def elect(self, alone: bool):
-        """Those who act move one seat on, and the first is free for a new agent, which from now on acts with them, or `alone`."""
-        for after, before in zip(self.agents[:0:-1], self.agents[-2::-1]):
-            after.load_state_dict(before.state_dict())
-        self.number.copy_(torch.as_tensor(1 if alone else min(int(self.number) + 1, len(self.agents))))
+    @torch.inference_mode()
+    def greedy(self, obs: Tensor) -> Tensor:
+        return self.logits(obs.to(self.normaliser.mean.device)).argmax(-1)
 
 
 class ReturnScale(nn.Module):
@@ -469,36 +441,34 @@ def train_simple(run: "Run"):
     """SimPLe (Kaiser et al., 2020, Algorithm 1): gather, fit, improve the policy in dreams, repeat."""
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed, run.settings.gather_limit)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
-    committee = Committee(agent, s.committee)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
     wm_optimizer = torch.optim.AdamW([flatten(model)], lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
     scale = ReturnScale(s.num_envs, s.good_gamma)
-    parts = dict(committee=committee, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay, scale=scale, env=env)
-    run.begin(committee.greedy, policy=committee, parts=parts)
+    parts = dict(agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay, scale=scale, env=env)
+    run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
-        rollout = gather(run, env, Explorer(committee, env, s), replay)
+        rollout = gather(run, env, Explorer(agent, env, s), replay)
         scale.update(rollout)
         schedule = Schedule.of(replay, s)
         early = not 0 < s.reset_from <= run.real_steps
         stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
-        joins = run.grown(s.renew_growth, s.reset_from)  # a new agent, from a new model, joins those who act
+        reset = schedule.outgrown(run.real_steps, s.reset_from) and run.grown(s.renew_growth, s.reset_from)  # model and agent do
         run.phase("fitting")  # line 5: update the model on all of them
-        if joins:
+        if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
-        log = learn(run, model, wm_optimizer, replay, anew=joins)
+        log = learn(run, model, wm_optimizer, replay, anew=reset)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
-        if stuck or joins:
-            committee.elect(alone=not schedule.proven)
+        if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
-        rounds = s.reset_rounds if joins else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
+        rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
-        run.end_iteration(log | {"wm/anew": int(joins), "dream/anew": int(stuck or joins), "dream/committee": int(committee.number)})
+        run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
 
 def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, anew: bool = False) -> dict:
@@ -520,7 +490,7 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
-    proven: bool  # a third of the latest endings were good, or all, however long ago; or nothing has ever ended, and the reward grows
+    safe: bool  # all of the latest endings were good; or nothing has ever ended, and the reward grows
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
@@ -535,13 +505,18 @@ class Schedule(NamedTuple):
         safe = bool(well.all()) if len(ago) else now > before
         return cls(
             good=good,
-            caution=max(ended, min(1.0, s.good_weight * good)) if s.caution else 1.0,
+            caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            proven=safe or good >= 1 / 3,
+            safe=safe,
             stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
         )
+
+    def outgrown(self, steps: int, since: int) -> bool:
+        """Whether what was learned from fewer data than these `steps` is worth less than a new beginning: too few endings are good. A third is enough
+        at `since` steps; the more data, the more it takes, for the better would a new agent be."""
+        return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 
 def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):
@@ -616,8 +591,8 @@ class Explorer:
     would go on for ever. It lives for one gathering, and so do its holds.
     """
 
-    def __init__(self, policy: Policy, env: Environments, s: Settings):
-        self.policy, self.env, self.s = policy, env, s
+    def __init__(self, agent: Agent, env: Environments, s: Settings):
+        self.agent, self.env, self.s = agent, env, s
         self.held = self.left = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and for how many steps they are still held
 
     def __call__(self, obs: Tensor) -> Tensor:
@@ -625,7 +600,7 @@ class Explorer:
         s, episode, (N,) = self.s, self.env.episode, self.left.shape
         greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
         obs = obs.to(s.device)
-        actions = torch.where(greedy, self.policy.greedy(obs).cpu(), self.policy.act(obs, s.gather_temperature).cpu())
+        actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
         if s.held_from == math.inf:
             return actions
         old = self.env.ages() >= s.held_from
@@ -825,7 +800,7 @@ class Run:
         self.saved = self.counters()
 
     def save_policy(self):
-        policy = {name: x for name, x in self.policy.state_dict().items() if "critic" not in name}
+        policy = {name: x for name, x in self.policy.state_dict().items() if not name.startswith("critic")}
         write_tensors(self.folder / "policy.safetensors", policy, env_id=self.settings.env_id)
 
     def check(self, numbers: dict):
@@ -1247,10 +1222,9 @@ def load_policy(run_dir: Path, env_id: str | None = None):
     sizes = env.observation_space.shape[0], int(env.action_space.n)
     settings.device = "cpu"
     policy = WorldModel(*sizes, settings) if settings.mode == "mpc" else Agent(*sizes, settings.hidden)
-    policy = Committee(policy, settings.committee) if settings.mode == "simple" else policy
     try:
         missing, unexpected = policy.load_state_dict(tensors, strict=False)
-        if unexpected or any("critic" not in name for name in missing):
+        if unexpected or any(not name.startswith("critic") for name in missing):
             raise RuntimeError("tensors are missing or unknown")
     except RuntimeError as error:
         raise UsageError(f"The policy in {run_dir} does not fit its settings: {str(error).splitlines()[-1].strip()}")

@@ -14,7 +14,6 @@ import ppo_mbrl
 from ppo_mbrl import (
     PPO_INFO,
     Agent,
-    Committee,
     Environments,
     Explorer,
     ReturnScale,
@@ -256,51 +255,6 @@ def test_the_fates_of_dreams_add_up(usual):
         result["dream/return_mean"],
     ]
     assert shares == pytest.approx([good / dreams, bad / dreams, (alive + cut) / dreams, float(rollout.rewards.sum()) / dreams])
-
-
-def committee_of(*seeds: int) -> Committee:
-    """Agents of these seeds, all of whom act."""
-    committee = Committee(small_agent(seeds[0]), len(seeds))
-    for agent, seed in zip(committee.agents, seeds):
-        agent.load_state_dict(small_agent(seed).state_dict())
-    committee.number.fill_(len(seeds))
-    return committee
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_a_committee_acts_by_the_geometric_mean_of_its_agents_probabilities(temperature):
-    committee, obs = committee_of(1, 2, 3), torch.randn(1, 3, dtype=torch.float64).expand(20_000, 3)
-    agree = {}
-    for number in (1, 2, 3):
-        committee.number.fill_(number)
-        mean = np.ones(4)
-        for seed in (1, 2, 3)[:number]:
-            mean *= small_agent(seed).logits(obs[0]).softmax(-1).detach().numpy() ** (1 / number)
-        p = mean ** (1 / temperature) / (mean ** (1 / temperature)).sum()
-        torch.manual_seed(7)
-        counts = np.bincount(committee.act(obs, temperature), minlength=4)
-        assert np.abs(counts / len(obs) - p).max() < 4 * 0.5 / math.sqrt(len(obs))
-        assert (committee.greedy(obs) == int(mean.argmax())).all()
-        agree[number] = p
-    assert min(np.abs(agree[a] - agree[b]).max() for a, b in ((1, 2), (2, 3))) > 0.05  # so that one would not pass for another
-
-
-def test_who_acts_moves_one_seat_on_the_oldest_leaves_and_the_first_goes_on_learning():
-    committee = committee_of(1, 2, 3)
-    agents, weights = committee.agents, flatten(committee.agents[0])
-    committee.number.fill_(1)
-    for alone, expected, number in ((False, [1, 1, 2], 2), (False, [9, 9, 1], 3), (False, [9, 9, 9], 3), (True, [9, 9, 9], 1)):
-        committee.elect(alone)
-        assert int(committee.number) == number
-        for agent, seed in zip(agents, expected):
-            same = [torch.equal(x, y) for x, y in zip(agent.state_dict().values(), small_agent(seed).state_dict().values())]
-            assert all(same), (expected, same)
-        agents[0].load_state_dict(small_agent(9).state_dict())  # the newcomer
-        assert torch.equal(weights, torch.nn.utils.parameters_to_vector(agents[0].parameters()))  # the optimiser's
-    kept = torch.nn.utils.parameters_to_vector(agents[1].parameters()).clone()
-    weights.data.zero_()
-    assert not any(x.any() for x in agents[0].parameters())
-    assert torch.equal(kept, torch.nn.utils.parameters_to_vector(agents[1].parameters()))  # nobody else learns with it
 
 
 # ------------------------------------------------------------------------------------------------------------ real environments
