@@ -234,8 +234,8 @@ class Environments:
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
-        next_obs, rewards = np.empty(self.obs.shape, np.float32), np.empty(len(actions), np.float32)
-        terminated, truncated = np.empty((2, len(actions)), bool)
+        next_obs, rewards = np.empty(self.obs.shape, np.float32), np.empty(len(self.envs), np.float32)
+        terminated, truncated = np.empty((2, len(self.envs)), bool)
         for i, (env, action) in enumerate(zip(self.envs, actions.tolist())):
             next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(action + self.lowest)
             self.past[i][1].append(action)

@@ -53,7 +53,7 @@ class ModelSettings:
     wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
     wm_hidden: int = setting(64, "Width of every hidden layer.", 1, 10_000)
     wm_layers: int = setting(3, "Hidden layers of each network.", 1, 20)
-    wm_memory: Literal["none", "gru"] = setting("none", "What the model remembers of the episode so far.")
+    wm_memory: Literal["none", "held", "gru"] = setting("held", "What the model remembers: nothing, for how long the latest action has been taken, or what a GRU learns to.", mpc="none")
     wm_memory_size: int = setting(32, "Units of the GRU.", 1, 10_000)
     wm_memory_window: int = setting(16, "Steps a GRU is unrolled for in training and before a dream.", 2, 1000)
     wm_heads: Literal["sa", "sas"] = setting("sas", "Reward and ending are predicted from (obs, action), or from (obs, action, next_obs) with a potential.")
@@ -346,12 +346,41 @@ class NoMemory(nn.Module):
     """Remembers nothing: a hidden state of width zero. One step is all it is trained on."""
 
     size, window, context = 0, 1, 0
+    moves = True  # whether the dynamics see it, or reward and ending only
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         return hidden
 
+    def past(self, replay: Replay) -> Tensor:
+        """(T, N, H): the hidden state before each real step, as far as it can be told without the model's weights."""
+        return replay.steps.rewards.new_zeros(self.size).expand(*replay.age.shape, self.size)
 
-class GRUMemory(nn.Module):
+
+class HeldMemory(NoMemory):
+    """Remembers for how long the latest action has been taken: features (E, B, F) and hidden state (E, B, A) -> new hidden state (E, B, A).
+
+    An episode may end because nothing has been done for a while, as of a body that falls asleep once it has lain still, and no single observation
+    shows for how long. After k steps of one action its entry is 1 - decay^k; all others are 0. Reward and ending see it, the dynamics do not.
+    """
+
+    moves = False
+
+    def __init__(self, num_actions: int, decay: float = 0.95):
+        super().__init__()
+        self.size, self.decay = num_actions, decay
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return x[..., -self.size :] * (1 - self.decay + self.decay * hidden)
+
+    def past(self, replay: Replay) -> Tensor:
+        actions, time = replay.steps.actions, torch.arange(len(replay.age), device=replay.age.device)[:, None]
+        goes_on = (actions == actions.roll(1, 0)) & (replay.age > 0)
+        k = time + 1 - torch.where(goes_on, 0, time).cummax(0).values  # (T, N) steps of this action up to and with this one
+        held = F.one_hot(actions, self.size) * (1 - self.decay**k)[..., None]
+        return held.roll(1, 0) * (replay.age > 0)[..., None]
+
+
+class GRUMemory(NoMemory):
     """One gated recurrent unit a member (Cho et al., 2014): features (E, B, F) and hidden state (E, B, H) -> new hidden state (E, B, H)."""
 
     def __init__(self, members: int, features: int, size: int, window: int):
@@ -489,14 +518,15 @@ class WorldModel(nn.Module):
         super().__init__()
         s, features, E = settings, obs_dim + num_actions, settings.wm_ensemble
         self.members, self.num_actions, self.margin = E, num_actions, s.wm_margin
-        self.memory = GRUMemory(E, features, s.wm_memory_size, s.wm_memory_window) if s.wm_memory == "gru" else NoMemory()
+        gru = functools.partial(GRUMemory, E, features, s.wm_memory_size, s.wm_memory_window)
+        self.memory = dict(none=NoMemory, held=functools.partial(HeldMemory, num_actions), gru=gru)[s.wm_memory]()
         denoise = s.uncertainty in ("autoencoder", "both")
         self.autoencoder = (
             Autoencoder(features, s.wm_autoencoder_window, s.wm_autoencoder_noise, s.wm_hidden) if denoise else NoAutoencoder()
         )
         self.context = max(self.memory.context, self.autoencoder.window - 1)  # real steps to look back on before a dream begins
         known, sees_next = features + self.memory.size, s.wm_heads == "sas"
-        self.dynamics = ensemble_mlp(E, known, s.wm_hidden, s.wm_layers, 3 * obs_dim)
+        self.dynamics = ensemble_mlp(E, known if self.memory.moves else features, s.wm_hidden, s.wm_layers, 3 * obs_dim)
         self.heads = ensemble_mlp(E, known + (obs_dim if sees_next else 0), s.wm_hidden, s.wm_layers, 3)
         self.potential = Potential(E, obs_dim, max(1, s.wm_hidden // 2), max(1, s.wm_layers - 1)) if sees_next else NoPotential()
         self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
@@ -504,6 +534,7 @@ class WorldModel(nn.Module):
         self.error = dict(gaussian=gaussian, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
         self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
+        self.moving = (lambda hidden: hidden) if self.memory.moves else (lambda hidden: hidden[..., :0])
         self.see = (lambda change: change) if sees_next else (lambda change: change[..., :0])
         verdicts = dict(
             member=lambda own, every: own, mean=lambda own, every: every().mean(0), agree=lambda own, every: every().min(0).values
@@ -551,6 +582,7 @@ class WorldModel(nn.Module):
 
     def transition(self, x: Tensor, obs: Tensor, hidden: Tensor) -> Transition:
         """Features x (E, B, F) of obs (E, B, O), hidden (E, B, H) -> the distribution of the next observation."""
+        hidden = self.moving(hidden)
         here, logvar, logit = self.dynamics(torch.cat([x, hidden], -1)).chunk(3, -1)
 
         def field(at):
@@ -571,13 +603,13 @@ class WorldModel(nn.Module):
 
     # --- learning
 
-    def loss(self, steps: Rollout, valid: Tensor) -> dict[str, Tensor]:
-        """Losses on windows of real steps, fields (L, E, B, ...), valid (L, E, B): each summed over members, averaged over batch and dimensions.
+    def loss(self, steps: Rollout, valid: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Losses on windows of real steps, fields (L, E, B, ...), valid (L, E, B), from hidden (E, B, H) on: each summed over members, averaged
+        over batch and dimensions.
 
         Steps before the beginning of an episode are not valid: they leave the memory at zero and cost nothing.
         """
         x = self.features(steps.obs, steps.actions) * valid[..., None]
-        hidden = x.new_zeros(*x.shape[1:3], self.memory.size)
         losses, length = 0, len(x)
         for i in range(length):
             if i >= length - self.memory.window:
@@ -605,10 +637,11 @@ class WorldModel(nn.Module):
 
     # --- imagining
 
-    def recall(self, steps: Rollout, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """What came before, as windows (context, B, ...) -> hidden state (E, B, H), newest features (B, W - 1, F)."""
+    def recall(self, replay: Replay, t: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """What came before real steps (t, n), each (B) -> hidden state (E, B, H), newest features (B, W - 1, F)."""
+        steps, valid = replay.window(t, n, self.context, 0)
         x = self.features(steps.obs, steps.actions) * valid[..., None]
-        hidden = x.new_zeros(self.members, x.shape[1], self.memory.size)
+        hidden = self.everyone(self.memory.past(replay)[(t - self.context).clamp(0), n])
         for i in range(len(x)):
             hidden = self.memory(self.everyone(x[i]), hidden) * valid[i, :, None]
         return hidden, x[len(x) - (self.autoencoder.window - 1) :].transpose(0, 1)
@@ -694,12 +727,12 @@ def fit(
     model.adapt(replay)
     where = (~replay.held_out & replay.recent).nonzero()
     where = where if len(where) else (~replay.held_out).nonzero()
-    before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
+    before, past, sums = max(model.memory.window, model.autoencoder.window) - 1, model.memory.past(replay), {}
     windows = max(1, batch // model.memory.window)
     for i in range(updates):
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * (1 - 0.9 * i / updates)
-        window, valid = replay.window(*sample(where, (model.members, windows)), before, 1)
-        losses = model.loss(window, valid)
+        t, n = sample(where, (model.members, windows))
+        losses = model.loss(*replay.window(t, n, before, 1), past[(t - before).clamp(0), n])
         optimizer.zero_grad(set_to_none=False)
         sum(losses.values()).backward()
         optimizer.step()
@@ -722,9 +755,8 @@ def judge(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, imagined: boo
 
     The outcome is that of the real next_obs, or, if `imagined`, of the one each member expects.
     """
-    window, valid = replay.window(t, n, model.context, 1)
-    hidden, history = model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
-    step = Rollout(*(x[-1] for x in window))
+    hidden, history = model.recall(replay, t, n)
+    step = Rollout(*(x[t, n] for x in replay.steps))
     x = model.features(step.obs, step.actions)
     expected = model.transition(model.everyone(x), model.everyone(step.obs), hidden)
     next_obs = model.most_likely(expected) if imagined else model.everyone(step.next_obs)
@@ -790,8 +822,7 @@ class Dream:
         kind = torch.rand(number, device=self.known.device)
         beginning, rare, anywhere = (torch.stack(sample(where, (number,))) for where in self.places)
         t, n = torch.where(kind < self.beginnings, beginning, torch.where(kind < self.beginnings + self.rare, rare, anywhere))
-        window, valid = self.replay.window(t, n, self.model.context, 1)
-        return window.obs[-1], *self.model.recall(Rollout(*(x[:-1] for x in window)), valid[:-1])
+        return self.replay.steps.obs[t, n], *self.model.recall(self.replay, t, n)
 
     @torch.inference_mode()
     def reset(self) -> Tensor:
@@ -867,8 +898,7 @@ def open_loop(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, length: i
 
     Returns predictions (K, E, B, O), the real steps (K, B, ...), and which of them exist (K, B), K = length.
     """
-    past, was = replay.window(t, n, model.context, 0)
-    hidden, _ = model.recall(past, was)
+    hidden, _ = model.recall(replay, t, n)
     real, exists = replay.window(t, n, 0, length)
     at, path = model.everyone(real.obs[0]), []
     for k in range(length):

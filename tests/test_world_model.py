@@ -189,9 +189,9 @@ def test_a_potential_cannot_be_mined_in_a_loop():
 def test_the_reward_is_the_head_and_the_potential_of_the_true_next_observation():
     model, replay = WorldModel(3, 2, ModelSettings(wm_binary=False)), filled(random_rollout(100, 1, 3, seed=3))
     model.adapt(replay)
-    obs, next_obs, hidden = torch.randn(5, 7, 3), torch.randn(5, 7, 3), torch.zeros(5, 7, 0)
+    obs, next_obs, hidden = torch.randn(5, 7, 3), torch.randn(5, 7, 3), torch.rand(5, 7, 2)
     x = model.features(obs, torch.randint(2, (5, 7)))
-    alone = model.heads(torch.cat([x, model.change_scale(next_obs - obs)], -1))[..., 0]
+    alone = model.heads(torch.cat([x, model.change_scale(next_obs - obs), hidden], -1))[..., 0]
     phi = [model.potential.net(model.obs_scale(o))[..., 0] for o in (obs, next_obs)]
     slope = (model.obs_scale.std / model.change_scale.std).median()
     torch.testing.assert_close(model.outcome(x, next_obs - obs, hidden).reward, alone + slope * (phi[1] - phi[0]), atol=1e-4, rtol=1e-4)
@@ -477,7 +477,7 @@ def test_the_open_loop_error_of_a_constant_bias_grows_by_the_bias_and_sets_the_h
     ids=["endings are bad", "living is worse", "living is worse, but one member knows no endings"],
 )
 def test_the_planner_finds_what_trying_every_sequence_finds(price, gamma, goal, i, limit, ending):
-    s = ModelSettings(wm_likelihood="squared", wm_ensemble=2, wm_ending=ending)
+    s = ModelSettings(wm_likelihood="squared", wm_ensemble=2, wm_memory="none", wm_ending=ending)
     model = true_model("delta", s)
     A, b = exact_flow(*oscillator())
     model.potential, knows = NoPotential(), torch.tensor([[True], [ending == "member"]])
@@ -662,8 +662,7 @@ def test_a_dream_remembers_its_own_episode_and_nothing_before_it():
     model = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="gru", wm_memory_size=5, wm_memory_window=6))
     replay = filled(random_rollout(60, 1, 3, seed=13))
     t = torch.arange(60)
-    window, valid = replay.window(t, torch.zeros_like(t), model.context, 0)
-    hidden, _ = model.recall(window, valid)
+    hidden, _ = model.recall(replay, t, torch.zeros_like(t))
     over = (replay.steps.terminated | replay.steps.truncated)[:, 0]
     for at in range(60):
         first = max([k + 1 for k in range(at) if over[k]], default=0)
@@ -672,6 +671,44 @@ def test_a_dream_remembers_its_own_episode_and_nothing_before_it():
             x = torch.cat([replay.steps.obs[k, 0], F.one_hot(replay.steps.actions[k, 0], 2).float()])
             h = torch.stack([textbook_gru(model.memory, e, x, h[e, 0])[None] for e in range(2)])
         torch.testing.assert_close(hidden[:, at], h[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("autoencoder", [False, True])
+def test_a_model_remembers_for_how_long_the_latest_action_has_been_taken(autoencoder):
+    """Counted step by step, in each environment and episode: in the past of real steps, in what training begins with, and as a dream goes on."""
+    torch.manual_seed(0)
+    uncertainty = dict(uncertainty="both", wm_autoencoder_window=4) if autoencoder else {}
+    model = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="held", **uncertainty))
+    rollout = random_rollout(200, 2, 3, seed=13, p=0.05)
+    replay = filled(rollout._replace(actions=(torch.rand(200, 2) < 0.1).long().cumsum(0) % 2))  # held for ten steps on average
+    counted, last = torch.zeros(200, 2, 2), [None, None]
+    for t in range(200):
+        for n in range(2):
+            if replay.age[t, n] == 0:
+                last[n], k = None, 0
+            if last[n] is not None:
+                action, k = last[n]
+                counted[t, n, action] = 1 - 0.95**k
+            now = int(replay.steps.actions[t, n])
+            last[n] = (now, k + 1 if last[n] is not None and last[n][0] == now else 1)
+    assert (counted > 0.5).any() and (counted[1:].sum(-1) == 0).any()
+    torch.testing.assert_close(model.memory.past(replay), counted)
+    t, n = torch.arange(5, 199), torch.arange(194) % 2
+    hidden, _ = model.recall(replay, t, n)
+    torch.testing.assert_close(hidden, counted[t, n].expand(2, -1, -1))
+    x = model.everyone(model.features(replay.steps.obs[t, n], replay.steps.actions[t, n]))
+    same = replay.age[t + 1, n] > 0
+    torch.testing.assert_close(model.memory(x, hidden)[:, same], counted[t + 1, n].expand(2, -1, -1)[:, same])
+    seen = []
+    step_loss, model.step_loss = (
+        model.step_loss,
+        lambda x, step, hidden, valid: seen.append((step, hidden)) or step_loss(x, step, hidden, valid),
+    )
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.0), replay, updates=3, batch=50)
+    where = {tuple(obs): past for obs, past in zip(replay.steps.obs.flatten(0, 1).tolist(), counted.flatten(0, 1))}
+    for step, hidden in seen:
+        expected = torch.stack([where[tuple(obs)] for obs in step.obs.flatten(0, 1).tolist()])
+        torch.testing.assert_close(hidden.flatten(0, 1), expected)
 
 
 # ------------------------------------------------------------------------------------------------- endings and autoencoder
@@ -761,7 +798,9 @@ def test_held_out_episodes_are_never_fitted():
     rollout, s = random_rollout(300, 2, 3, seed=14), ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="gru", uncertainty="both")
     replay, model, seen = filled(rollout, holdout=3), WorldModel(3, 2, s), []
     learn = model.loss
-    model.loss = lambda steps, valid: seen.append((steps.rewards[-1].flatten(), steps.rewards[valid])) or learn(steps, valid)
+    model.loss = lambda steps, valid, hidden: (
+        seen.append((steps.rewards[-1].flatten(), steps.rewards[valid])) or learn(steps, valid, hidden)
+    )
     fit(model, torch.optim.AdamW(model.parameters(), 1e-3), replay, 40, 256)
     secret = set(rollout.rewards[replay.held_out].tolist())
     fitted = {x for last, all_valid in seen for part in (last, all_valid) for x in part.tolist()}
