@@ -112,7 +112,7 @@ def test_the_memory_is_the_textbook_gru():
     memory = GRUMemory(2, 3, 4, window=5)
     x, h = torch.randn(2, 6, 3), torch.randn(2, 6, 4)
     loop = torch.stack([torch.stack([textbook_gru(memory, e, x[e, b], h[e, b]) for b in range(6)]) for e in range(2)])
-    torch.testing.assert_close(memory(x, h), loop, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(memory(x, None, h), loop, atol=1e-5, rtol=1e-5)
 
 
 def test_the_memory_is_torchs_gru_cell_where_the_reset_gate_is_open():
@@ -125,7 +125,7 @@ def test_the_memory_is_torchs_gru_cell_where_the_reset_gate_is_open():
         cell.weight_ih.copy_(torch.cat([W[:3].T, C[:3].T])), cell.weight_hh.copy_(torch.cat([W[3:].T, C[3:].T]))
         cell.bias_ih.copy_(torch.cat([memory.gates.bias[0, 0], memory.candidate.bias[0, 0]])), cell.bias_hh.zero_()
     x, h = torch.randn(1, 6, 3), torch.randn(1, 6, 4)
-    torch.testing.assert_close(memory(x, h)[0], cell(x[0], h[0]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(memory(x, None, h)[0], cell(x[0], h[0]), atol=1e-6, rtol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
@@ -674,40 +674,36 @@ def test_a_dream_remembers_its_own_episode_and_nothing_before_it():
 
 
 @pytest.mark.parametrize("autoencoder", [False, True])
-def test_a_model_remembers_for_how_long_the_latest_action_has_been_taken(autoencoder):
-    """Counted step by step, in each environment and episode: in the past of real steps, in what training begins with, and as a dream goes on."""
+def test_a_model_remembers_for_how_long_the_latest_action_has_been_taken_at_rest(autoencoder):
+    """Counted step by step: in the past of real steps, in what training begins with, and as an episode goes on."""
     torch.manual_seed(0)
     uncertainty = dict(uncertainty="both", wm_autoencoder_window=4) if autoencoder else {}
-    model = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="held", **uncertainty))
-    rollout = random_rollout(200, 2, 3, seed=13, p=0.05)
-    replay = filled(rollout._replace(actions=(torch.rand(200, 2) < 0.1).long().cumsum(0) % 2))  # held for ten steps on average
-    counted, last = torch.zeros(200, 2, 2), [None, None]
-    for t in range(200):
-        for n in range(2):
-            if replay.age[t, n] == 0:
-                last[n], k = None, 0
-            if last[n] is not None:
-                action, k = last[n]
-                counted[t, n, action] = 1 - 0.95**k
-            now = int(replay.steps.actions[t, n])
-            last[n] = (now, k + 1 if last[n] is not None and last[n][0] == now else 1)
-    assert (counted > 0.5).any() and (counted[1:].sum(-1) == 0).any()
-    torch.testing.assert_close(model.memory.past(replay), counted)
+    model = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="rest", **uncertainty))
+    rollout, moves = random_rollout(200, 2, 3, seed=13, p=0.05), torch.rand(200, 2, 1) < 0.2  # at rest for five steps on average
+    next_obs = torch.where(moves, rollout.next_obs, rollout.obs + 0.1 * torch.randn(200, 2, 3))
+    replay = filled(rollout._replace(actions=(torch.rand(200, 2) < 0.1).long().cumsum(0) % 2, next_obs=next_obs))  # held for ten
+    model.adapt(replay)
+    steps, std, counted = replay.steps, model.change_scale.std.tolist(), torch.zeros(200, 2, 2)
+    for n in range(2):
+        for t in range(1, 200):
+            if replay.age[t, n] > 0:
+                change = (steps.next_obs - steps.obs)[t - 1, n].tolist()
+                square, action = min(1, sum((c / s) ** 2 for c, s in zip(change, std)) / 3), int(steps.actions[t - 1, n])
+                counted[t, n, action] = (1 - square) * (0.05 + 0.95 * counted[t - 1, n, action])
+    assert (counted > 0.15).any() and (counted[1:].sum(-1) == 0).any()
+    torch.testing.assert_close(model.past(replay), counted)
     t, n = torch.arange(5, 199), torch.arange(194) % 2
     hidden, _ = model.recall(replay, t, n)
     torch.testing.assert_close(hidden, counted[t, n].expand(2, -1, -1))
-    x = model.everyone(model.features(replay.steps.obs[t, n], replay.steps.actions[t, n]))
+    x, pace = model.features(steps.obs[t, n], steps.actions[t, n]), model.pace((steps.next_obs - steps.obs)[t, n])
     same = replay.age[t + 1, n] > 0
-    torch.testing.assert_close(model.memory(x, hidden)[:, same], counted[t + 1, n].expand(2, -1, -1)[:, same])
-    seen = []
-    step_loss, model.step_loss = (
-        model.step_loss,
-        lambda x, step, hidden, valid: seen.append((step, hidden)) or step_loss(x, step, hidden, valid),
-    )
+    torch.testing.assert_close(model.memory(x, pace, hidden)[:, same], counted[t + 1, n].expand(2, -1, -1)[:, same])
+    seen, step_loss = [], model.step_loss
+    model.step_loss = lambda x, step, hidden, valid: seen.append((step, hidden)) or step_loss(x, step, hidden, valid)
     fit(model, torch.optim.SGD(model.parameters(), lr=0.0), replay, updates=3, batch=50)
-    where = {tuple(obs): past for obs, past in zip(replay.steps.obs.flatten(0, 1).tolist(), counted.flatten(0, 1))}
+    past = {tuple(obs): held for obs, held in zip(steps.obs.flatten(0, 1).tolist(), counted.flatten(0, 1))}
     for step, hidden in seen:
-        expected = torch.stack([where[tuple(obs)] for obs in step.obs.flatten(0, 1).tolist()])
+        expected = torch.stack([past[tuple(obs)] for obs in step.obs.flatten(0, 1).tolist()])
         torch.testing.assert_close(hidden.flatten(0, 1), expected)
 
 
