@@ -90,7 +90,7 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    num_steps: int = setting(500, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
+    num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
     growth: float = setting(0.0625, "Real steps between two fits, as a share of those so far, up to --num-steps: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
@@ -101,29 +101,28 @@ class Settings(ModelSettings):
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
-    minibatch: int = setting(512, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(2048, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
-    entropy_coef: float = setting(0.01, "Weight of the entropy bonus.", 0, 1e6, "PPO")
+    entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
     max_grad_norm: float = setting(0.5, "Gradients are clipped to this global norm.", 1e-9, 1e9, "PPO")
     temperature: float = setting(1.0, "Divides the logits of the policy in the rollouts it is trained on, where it acts and in the ratio alike.", 1e-3, 1e3, "PPO")
     temperature_end: float = setting(0.0, "Temperature at the end of the run, approached linearly; 0 keeps --temperature.", 0, 1e3, "PPO")
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
-    rounds: int = setting(3, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
+    rounds: int = setting(5, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
     dreams: int = setting(200, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(120, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or by --good-weight, not in full.", panel="Dreams")
-    renew_growth: float = setting(0.25, "Whenever the data has grown by this share: an agent that is stuck begins anew, up to --reset-from; from there on, one that fails, and the model with it. 0: nothing ever does.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless a third of the agent's own latest ten endings were good. 0: they never do.", 0, 10**9, "Dreams")
+    caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or of good endings, not in full.", panel="Dreams")
+    renew_growth: float = setting(0.5, "Whenever the data has grown by this share: an agent that is stuck begins anew, up to --reset-from; model and agent, from there on. 0: nothing ever begins anew.", 0, 1e9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
     reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
-    reset_rounds: int = setting(25, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
+    reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
-    good_weight: float = setting(3.0, "A bad ending is charged by so many times the share of good ones among the latest ten, up to 1: once a third are good, the rest is to be made safe.", 0, 1e6, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
@@ -454,10 +453,10 @@ def train_simple(run: "Run"):
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
         rollout = gather(run, env, Explorer(agent, env, s), replay)
         scale.update(rollout)
-        schedule = Schedule.of(replay, s, run.real_steps - run.born)
+        schedule = Schedule.of(replay, s)
         early = not 0 < s.reset_from <= run.real_steps
         stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
-        reset = schedule.failing and run.grown(s.renew_growth, s.reset_from)  # model and agent do
+        reset = schedule.outgrown(run.real_steps, s.reset_from) and run.grown(s.renew_growth, s.reset_from)  # model and agent do
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
@@ -467,7 +466,6 @@ def train_simple(run: "Run"):
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
-            run.born = run.real_steps
         rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
@@ -492,29 +490,33 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
+    safe: bool  # all of the latest endings were good; or nothing has ever ended, and the reward grows
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
-    failing: bool  # the agent's own episodes end badly, two of three or more, or come to no end
 
     @classmethod
-    def of(cls, replay: Replay, s: Settings, age: int, latest: int = 10, steps: int = 1000) -> "Schedule":
-        """For an agent that began `age` real steps ago."""
+    def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
         ago, well = replay.endings()
-        own, ago, well = well[ago < age][-latest:].float(), ago[-latest:], well[-latest:]
+        ago, well = ago[-latest:], well[-latest:]
         ended, good = replay.share_ended(steps, s.held_from), 0.0  # by itself, not because actions were held
         if len(ago):
             good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
         sight = max(1 - ended, good)
         before, now = replay.reward_rates(steps)
-        safe = bool(well.all()) if len(ago) else now > before  # with no ending at all, as long as the reward grows
+        safe = bool(well.all()) if len(ago) else now > before
         return cls(
             good=good,
-            caution=max(ended, min(1.0, s.good_weight * good)) if s.caution else 1.0,
+            caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            stuck=not safe and good == 0 and (ended < 0.5 or now <= before),
-            failing=not safe and (float(own.mean()) < 1 / 3 if len(own) >= 4 else ended < 0.5),
+            safe=safe,
+            stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
         )
+
+    def outgrown(self, steps: int, since: int) -> bool:
+        """Whether what was learned from fewer data than these `steps` is worth less than a new beginning: too few endings are good. A third is enough
+        at `since` steps; the more data, the more it takes, for the better would a new agent be."""
+        return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 
 def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):
@@ -720,12 +722,12 @@ class Run:
     All that happens between two saves follows from the first of them, so an interrupted iteration is simply done again, bit for bit.
     """
 
-    COUNTERS = "real_steps", "imagined_steps", "iteration", "born", "steps_to_solve"  # `born`: when the agent last began anew
+    COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve"
     LENGTH = "--total-steps"  # what makes a finished run go on
 
     def __init__(self, settings: Settings, view: "View"):
         self.settings, self.view, self.folder = settings, view, settings.folder()
-        self.real_steps = self.imagined_steps = self.iteration = self.born = 0
+        self.real_steps = self.imagined_steps = self.iteration = 0
         self.steps_to_solve = self.summary = self.signal = self.board = None
         self.saved = self.counters()
         self.wall, self.cpu = time.perf_counter(), time.process_time()
