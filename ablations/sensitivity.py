@@ -24,7 +24,7 @@ def drawn(defaults: dict):
     return draw
 
 
-SIMPLE, MODEL_FREE = dict(mode="simple", total_steps=10_000, wm_memory="none"), dict(mode="ppo", total_steps=500_000)
+SIMPLE, MODEL_FREE = dict(mode="simple", total_steps=10_000), dict(mode="ppo", total_steps=500_000)
 
 STUDY = Study(
     name="sensitivity",
