@@ -90,13 +90,13 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    num_steps: int = setting(500, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
+    num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
     growth: float = setting(0.0625, "Real steps between two fits, as a share of those so far, up to --num-steps: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
-    gather_hold: int = setting(60, "From half of --gather-limit on, while no ending is good, actions drawn at random are held for up to so many steps: an episode that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
+    gather_hold: int = setting(60, "From half of --gather-limit on, actions drawn at random are held for up to so many steps: an episode that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -116,14 +116,13 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or as endings become good, not in full.", panel="Dreams")
-    renew_growth: float = setting(0.5, "Whenever the data has grown by this share: an agent that is stuck begins anew, up to --reset-from; from there on, one that fails, and the model with it. 0: nothing ever does.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the agent's own latest ten greedy endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
+    caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or of good endings, not in full.", panel="Dreams")
+    renew_growth: float = setting(0.5, "Whenever the data has grown by this share: an agent that is stuck begins anew, up to --reset-from; model and agent, from there on. 0: nothing ever begins anew.", 0, 1e9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
     reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
-    good_weight: float = setting(3.0, "Once one in so many of the latest ten endings is good, dreams are as strict as if all were.", 0, 1e6, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
@@ -154,6 +153,11 @@ class Settings(ModelSettings):
         for name in ("temperature_end", "renew_growth"):
             if 0 < getattr(self, name) < 1e-3:
                 raise UsageError(f"--{name.replace('_', '-')} must be 0 or at least 0.001, not {getattr(self, name)}.")
+
+    @property
+    def held_from(self) -> float:
+        """The age of a real episode from which on actions are held."""
+        return self.gather_limit / 2 if self.gather_limit and self.gather_hold else math.inf
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
@@ -447,14 +451,12 @@ def train_simple(run: "Run"):
 
     while run.goes_on():  # line 2: while not done
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
-        knew = replay.knows_good_endings
-        rollout = gather(run, env, Explorer(agent, env, s, held_from(replay, s)), replay)
+        rollout = gather(run, env, Explorer(agent, env, s), replay)
         scale.update(rollout)
-        schedule = Schedule.of(replay, s, run.real_steps - run.born)
-        knows = replay.knows_good_endings
+        schedule = Schedule.of(replay, s)
         early = not 0 < s.reset_from <= run.real_steps
         stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
-        reset = not early and schedule.failing and (knows > knew or run.grown(s.renew_growth, s.reset_from))  # model and agent do
+        reset = schedule.outgrown(run.real_steps, s.reset_from) and run.grown(s.renew_growth, s.reset_from)  # model and agent do
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
@@ -464,9 +466,6 @@ def train_simple(run: "Run"):
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
-            run.born = run.real_steps
-        if reset and knows:  # nobody who began in a new model has reason for fear or daring yet
-            schedule = Schedule.of(replay, s, age=0, sure=1.0)
         rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
@@ -479,60 +478,45 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, anew: bool =
     return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
 
 
-def good_share(replay: Replay, latest: int = 10, steps: int = 1000) -> float:
-    """The share of good ones among the latest endings; where nothing ends any more it fades, from `steps` real steps without an ending on."""
-    ago, well = replay.endings()
-    return float(well[-latest:].float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps)) if len(ago) else 0.0
-
-
-def held_from(replay: Replay, s: Settings) -> float:
-    """The age of a real episode from which on actions are held. They would kill those who land slowly, so they are not while endings are good."""
-    return s.gather_limit / 2 if s.gather_limit and s.gather_hold and good_share(replay) == 0 else math.inf
-
-
-def greedy_episodes(number: Tensor, s: Settings) -> Tensor:
-    """Which of the real episodes of these numbers, the first being 1, are greedy."""
-    return (s.gather_greedy * number).floor() > (s.gather_greedy * (number - 1)).floor()
-
-
 class Schedule(NamedTuple):
     """How PPO in dreams follows the fate of real episodes: first find a good ending, then make it safe.
 
     Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what the data lacks. As they come to end well, losses
-    count in full, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
+    count in full again, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
     """
 
-    good: float  # share of good ones among the latest endings
+    good: float  # share of good ones among the latest endings; it fades to 0 where nothing ends any more
     caution: float  # share of a negative reward at an ending that is charged
     gamma: float
     gae_lambda: float
     grounding: float
+    safe: bool  # all of the latest endings were good; or nothing has ever ended, and the reward grows
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
-    failing: bool  # too few of the agent's own endings are good, or most episodes come to no end
 
     @classmethod
-    def of(cls, replay: Replay, s: Settings, age: int, sure: float | None = None, latest: int = 10, steps: int = 1000) -> "Schedule":
-        """For an agent that began `age` real steps ago; as `sure` of good endings as the share of good ones allows, or as told."""
+    def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
         ago, well = replay.endings()
-        number, length = replay.ended_episodes()
-        own = well[(ago + length <= age) & greedy_episodes(number, s)][-latest:].float()
-        well = well[-latest:]
-        good = good_share(replay)
-        ended = replay.share_ended(steps, held_from(replay, s))  # by itself, not because actions were held
-        sure = min(1.0, s.good_weight * good) if sure is None else sure
-        sight = max(1 - ended, sure)
-        enough = 1 - 2 / 3 * min(1, s.reset_from / len(replay))  # the more data, the better would a new agent be
+        ago, well = ago[-latest:], well[-latest:]
+        ended, good = replay.share_ended(steps, s.held_from), 0.0  # by itself, not because actions were held
+        if len(ago):
+            good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
+        sight = max(1 - ended, good)
         before, now = replay.reward_rates(steps)
-        safe = bool(well.all()) if len(well) else now > before  # with no ending at all, as long as the reward grows
+        safe = bool(well.all()) if len(ago) else now > before
         return cls(
             good=good,
-            caution=max(ended, sure) if s.caution else 1.0,
+            caution=max(ended, good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
-            gae_lambda=s.gae_lambda + sure * (s.good_lambda - s.gae_lambda),
-            grounding=sure * s.grounding,
-            stuck=not safe and good == 0 and (ended < 0.5 or now <= before),
-            failing=not safe and (float(own.mean()) < enough if len(own) >= 3 else ended < 0.5),
+            gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
+            grounding=good * s.grounding,
+            safe=safe,
+            stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
         )
+
+    def outgrown(self, steps: int, since: int) -> bool:
+        """Whether what was learned from fewer data than these `steps` is worth less than a new beginning: too few endings are good. A third is enough
+        at `since` steps; the more data, the more it takes, for the better would a new agent be."""
+        return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 
 def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):
@@ -603,22 +587,23 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 class Explorer:
     """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
 
-    In episodes older than `held_from` random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a
-    held one ends what would go on for ever. It lives for one gathering, and so do its holds.
+    In old episodes random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a held one ends what
+    would go on for ever. It lives for one gathering, and so do its holds.
     """
 
-    def __init__(self, agent: Agent, env: Environments, s: Settings, held_from: float):
-        self.agent, self.env, self.s, self.held_from = agent, env, s, held_from
+    def __init__(self, agent: Agent, env: Environments, s: Settings):
+        self.agent, self.env, self.s = agent, env, s
         self.held = self.left = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and for how many steps they are still held
 
     def __call__(self, obs: Tensor) -> Tensor:
         """(N, O) -> actions (N)."""
-        s, (N,), obs = self.s, self.left.shape, obs.to(self.s.device)
-        greedy = greedy_episodes(self.env.episode, s)
+        s, episode, (N,) = self.s, self.env.episode, self.left.shape
+        greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
+        obs = obs.to(s.device)
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
-        if self.held_from == math.inf:
+        if s.held_from == math.inf:
             return actions
-        old = self.env.ages() >= self.held_from
+        old = self.env.ages() >= s.held_from
         begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about half of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
         self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)
@@ -737,12 +722,12 @@ class Run:
     All that happens between two saves follows from the first of them, so an interrupted iteration is simply done again, bit for bit.
     """
 
-    COUNTERS = "real_steps", "imagined_steps", "iteration", "born", "steps_to_solve"  # `born`: when the agent last began anew
+    COUNTERS = "real_steps", "imagined_steps", "iteration", "steps_to_solve"
     LENGTH = "--total-steps"  # what makes a finished run go on
 
     def __init__(self, settings: Settings, view: "View"):
         self.settings, self.view, self.folder = settings, view, settings.folder()
-        self.real_steps = self.imagined_steps = self.iteration = self.born = 0
+        self.real_steps = self.imagined_steps = self.iteration = 0
         self.steps_to_solve = self.summary = self.signal = self.board = None
         self.saved = self.counters()
         self.wall, self.cpu = time.perf_counter(), time.process_time()

@@ -53,7 +53,7 @@ class ModelSettings:
     wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
     wm_hidden: int = setting(64, "Width of every hidden layer.", 1, 10_000)
     wm_layers: int = setting(3, "Hidden layers of each network.", 1, 20)
-    wm_memory: Literal["none", "rest", "gru"] = setting("rest", "What the model remembers: nothing, for how long the latest action has been taken at rest, or what a GRU learns to.", mpc="none")
+    wm_memory: Literal["none", "gru"] = setting("none", "What the model remembers of the episode so far.")
     wm_memory_size: int = setting(32, "Units of the GRU.", 1, 10_000)
     wm_memory_window: int = setting(16, "Steps a GRU is unrolled for in training and before a dream.", 2, 1000)
     wm_heads: Literal["sa", "sas"] = setting("sas", "Reward and ending are predicted from (obs, action), or from (obs, action, next_obs) with a potential.")
@@ -214,16 +214,6 @@ class Replay:
         time, rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards
         return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= rewards.median()
 
-    def ended_episodes(self) -> tuple[Tensor, Tensor]:
-        """Of the episodes that ended in them: their number in their environment, from 1 on (K), and how many real steps were taken in their time (K)."""
-        terminated, over = self.steps.terminated, (self.steps.terminated | self.steps.truncated).long()
-        return (1 + over.cumsum(0) - over)[terminated], (self.age[terminated] + 1) * self.age.shape[1]
-
-    @property
-    def knows_good_endings(self) -> bool:
-        """Whether enough of all endings so far were good to tell what makes one."""
-        return int(self.endings()[-1].sum()) >= 3
-
     def reward_rates(self, latest: int) -> tuple[float, float]:
         """The mean reward of a step before the latest so many real steps, among as many, and since then; NaN where there was none."""
         n = math.ceil(latest / self.age.shape[1])
@@ -356,53 +346,12 @@ class NoMemory(nn.Module):
     """Remembers nothing: a hidden state of width zero. One step is all it is trained on."""
 
     size, window, context = 0, 1, 0
-    moves = True  # whether the dynamics see it, or reward and ending only
 
-    def forward(self, x: Tensor, pace: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         return hidden
 
-    def past(self, replay: Replay, pace: Tensor) -> Tensor:
-        """(T, N, H): the hidden state before each real step, as far as it can be told without the model's weights."""
-        return pace.new_zeros(self.size).expand(*pace.shape, self.size)
 
-    def adapt(self, replay: Replay):
-        """Takes from the data what is not learned by gradients."""
-
-
-class RestMemory(NoMemory):
-    """Remembers for how long the latest action has been taken at rest: features (E, B, F), pace (E, B), hidden (E, B, A) -> new hidden (E, B, A).
-
-    An episode may end because nothing has been done for a while, as of a body that falls asleep once it has lain still, and no single observation
-    shows for how long. After k steps of one action at no pace its entry is 1 - decay^k; movement fades it, and that of all other actions is 0.
-    Reward and ending see it, the dynamics do not. It stays at 0 until good endings are known, for until then all it could explain is which bad
-    ones did not come.
-    """
-
-    moves = False
-
-    def __init__(self, num_actions: int, decay: float = 0.95):
-        super().__init__()
-        self.size, self.decay = num_actions, decay
-        self.register_buffer("needed", torch.zeros(()))
-
-    def adapt(self, replay: Replay):
-        self.needed.fill_(float(replay.knows_good_endings))
-
-    def forward(self, x: Tensor, pace: Tensor, hidden: Tensor) -> Tensor:
-        return self.needed * x[..., -self.size :] * (1 - pace.square())[..., None] * (1 - self.decay + self.decay * hidden)
-
-    def past(self, replay: Replay, pace: Tensor) -> Tensor:
-        rest = self.needed * F.one_hot(replay.steps.actions, self.size) * (1 - pace.square())[..., None]
-        goes_on = (replay.age > 0)[..., None]
-        held, weight, reach = rest * (1 - self.decay), rest * self.decay * goes_on, 1
-        while self.decay**reach > 1e-6:  # each round doubles how far a step looks back
-            held[reach:] += weight[reach:] * held[:-reach]
-            weight[reach:] *= weight[:-reach].clone()
-            reach *= 2
-        return held.roll(1, 0) * goes_on
-
-
-class GRUMemory(NoMemory):
+class GRUMemory(nn.Module):
     """One gated recurrent unit a member (Cho et al., 2014): features (E, B, F) and hidden state (E, B, H) -> new hidden state (E, B, H)."""
 
     def __init__(self, members: int, features: int, size: int, window: int):
@@ -411,7 +360,7 @@ class GRUMemory(NoMemory):
         self.gates = EnsembleLinear(members, features + size, 2 * size)
         self.candidate = EnsembleLinear(members, features + size, size)
 
-    def forward(self, x: Tensor, pace: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         reset, update = self.gates(torch.cat([x, hidden], -1)).sigmoid().chunk(2, -1)
         candidate = self.candidate(torch.cat([x, reset * hidden], -1)).tanh()
         return update * hidden + (1 - update) * candidate
@@ -540,15 +489,14 @@ class WorldModel(nn.Module):
         super().__init__()
         s, features, E = settings, obs_dim + num_actions, settings.wm_ensemble
         self.members, self.num_actions, self.margin = E, num_actions, s.wm_margin
-        gru = functools.partial(GRUMemory, E, features, s.wm_memory_size, s.wm_memory_window)
-        self.memory = dict(none=NoMemory, rest=functools.partial(RestMemory, num_actions), gru=gru)[s.wm_memory]()
+        self.memory = GRUMemory(E, features, s.wm_memory_size, s.wm_memory_window) if s.wm_memory == "gru" else NoMemory()
         denoise = s.uncertainty in ("autoencoder", "both")
         self.autoencoder = (
             Autoencoder(features, s.wm_autoencoder_window, s.wm_autoencoder_noise, s.wm_hidden) if denoise else NoAutoencoder()
         )
         self.context = max(self.memory.context, self.autoencoder.window - 1)  # real steps to look back on before a dream begins
         known, sees_next = features + self.memory.size, s.wm_heads == "sas"
-        self.dynamics = ensemble_mlp(E, known if self.memory.moves else features, s.wm_hidden, s.wm_layers, 3 * obs_dim)
+        self.dynamics = ensemble_mlp(E, known, s.wm_hidden, s.wm_layers, 3 * obs_dim)
         self.heads = ensemble_mlp(E, known + (obs_dim if sees_next else 0), s.wm_hidden, s.wm_layers, 3)
         self.potential = Potential(E, obs_dim, max(1, s.wm_hidden // 2), max(1, s.wm_layers - 1)) if sees_next else NoPotential()
         self.integrate = dict(direct=direct, delta=delta, ode=rk4)[s.wm_target]
@@ -556,7 +504,6 @@ class WorldModel(nn.Module):
         self.error = dict(gaussian=gaussian, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
         self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
-        self.moving = (lambda hidden: hidden) if self.memory.moves else (lambda hidden: hidden[..., :0])
         self.see = (lambda change: change) if sees_next else (lambda change: change[..., :0])
         verdicts = dict(
             member=lambda own, every: own, mean=lambda own, every: every().mean(0), agree=lambda own, every: every().min(0).values
@@ -576,7 +523,6 @@ class WorldModel(nn.Module):
 
     def adapt(self, replay: Replay):
         """Takes scales from the fitted episodes (of observations from every k-th step, 100,000 or so), ranges and binary columns from all. Weights stay."""
-        self.memory.adapt(replay)
         both, thinned = (replay.steps.obs, replay.steps.next_obs), slice(None, None, 1 + len(replay) // 100_000)
         obs, next_obs = (x[thinned][~replay.held_out[thinned]] for x in both)
         self.binary.copy_(torch.logical_and(*(((x == 0) | (x == 1)).all(0).all(0) for x in both)) & self.find_binary)
@@ -605,7 +551,6 @@ class WorldModel(nn.Module):
 
     def transition(self, x: Tensor, obs: Tensor, hidden: Tensor) -> Transition:
         """Features x (E, B, F) of obs (E, B, O), hidden (E, B, H) -> the distribution of the next observation."""
-        hidden = self.moving(hidden)
         here, logvar, logit = self.dynamics(torch.cat([x, hidden], -1)).chunk(3, -1)
 
         def field(at):
@@ -626,18 +571,18 @@ class WorldModel(nn.Module):
 
     # --- learning
 
-    def loss(self, steps: Rollout, valid: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        """Losses on windows of real steps, fields (L, E, B, ...), valid (L, E, B), from hidden (E, B, H) on: each summed over members, averaged
-        over batch and dimensions.
+    def loss(self, steps: Rollout, valid: Tensor) -> dict[str, Tensor]:
+        """Losses on windows of real steps, fields (L, E, B, ...), valid (L, E, B): each summed over members, averaged over batch and dimensions.
 
         Steps before the beginning of an episode are not valid: they leave the memory at zero and cost nothing.
         """
         x = self.features(steps.obs, steps.actions) * valid[..., None]
+        hidden = x.new_zeros(*x.shape[1:3], self.memory.size)
         losses, length = 0, len(x)
         for i in range(length):
             if i >= length - self.memory.window:
                 losses = losses + self.step_loss(x[i], Rollout(*(field[i] for field in steps)), hidden, valid[i]) / self.memory.window
-            hidden = self.memory(x[i], self.pace(steps.next_obs[i] - steps.obs[i]), hidden) * valid[i, ..., None]
+            hidden = self.memory(x[i], hidden) * valid[i, ..., None]
         dynamics, reward, last_reward, ending = losses.sum(-1)
         window = x[length - self.autoencoder.window :, 0].transpose(0, 1)  # one member's batch is enough for the one autoencoder
         return dict(
@@ -664,9 +609,9 @@ class WorldModel(nn.Module):
         """What came before real steps (t, n), each (B) -> hidden state (E, B, H), newest features (B, W - 1, F)."""
         steps, valid = replay.window(t, n, self.context, 0)
         x = self.features(steps.obs, steps.actions) * valid[..., None]
-        hidden = self.everyone(self.past(replay)[(t - self.context).clamp(0), n])
+        hidden = x.new_zeros(self.members, x.shape[1], self.memory.size)
         for i in range(len(x)):
-            hidden = self.memory(self.everyone(x[i]), self.pace(steps.next_obs[i] - steps.obs[i]), hidden) * valid[i, :, None]
+            hidden = self.memory(self.everyone(x[i]), hidden) * valid[i, :, None]
         return hidden, x[len(x) - (self.autoencoder.window - 1) :].transpose(0, 1)
 
     def everyone(self, x: Tensor) -> Tensor:
@@ -684,14 +629,6 @@ class WorldModel(nn.Module):
     def outside(self, obs: Tensor) -> Tensor:
         """(B, O) -> (B): whether a number in an imagined observation was clipped; columns that never change don't count."""
         return (((obs <= self.obs_low) | (obs >= self.obs_high)) & (self.obs_low < self.obs_high) & ~self.binary).any(-1)
-
-    def pace(self, change: Tensor) -> Tensor:
-        """(..., O) -> (...): how much a step changes, root mean square over the columns that are numbers, in their usual changes; 1 at most."""
-        return self.mean_over_numbers((change / self.change_scale.std).square()).sqrt().clamp(max=1)
-
-    def past(self, replay: Replay) -> Tensor:
-        """(T, N, H): what the memory holds before each real step, as far as it can be told without weights."""
-        return self.memory.past(replay, self.pace(replay.steps.next_obs - replay.steps.obs))
 
     def most_likely(self, expected: Transition) -> Tensor:
         return torch.where(self.binary, (expected.logit > 0).to(expected.mean.dtype), expected.mean)
@@ -745,7 +682,7 @@ class WorldModel(nn.Module):
         terminated = torch.rand(len(obs), device=obs.device) < self.ending(logit)
         reward, last_reward = self.rewards(outcome)
         reward = torch.where(terminated, last_reward, reward)
-        return Imagined(x, next_obs, reward, terminated, self.memory(all_x, self.pace(change), hidden), self.disagreement(expected))
+        return Imagined(x, next_obs, reward, terminated, self.memory(all_x, hidden), self.disagreement(expected))
 
 
 def fit(
@@ -758,12 +695,12 @@ def fit(
     model.adapt(replay)
     where = (~replay.held_out & replay.recent).nonzero()
     where = where if len(where) else (~replay.held_out).nonzero()
-    before, past, sums = max(model.memory.window, model.autoencoder.window) - 1, model.past(replay), {}
+    before, sums = max(model.memory.window, model.autoencoder.window) - 1, {}
     windows = max(1, batch // model.memory.window)
     for i in range(updates):
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * (1 - 0.9 * i / updates)
-        t, n = sample(where, (model.members, windows))
-        losses = model.loss(*replay.window(t, n, before, 1), past[(t - before).clamp(0), n])
+        window, valid = replay.window(*sample(where, (model.members, windows)), before, 1)
+        losses = model.loss(window, valid)
         optimizer.zero_grad(set_to_none=False)
         sum(losses.values()).backward()
         optimizer.step()
@@ -913,7 +850,7 @@ def plan(model: WorldModel, obs: Tensor, hidden: Tensor, horizon: int, candidate
             outcome = model.outcome(x, next_at - at, memory)
             ends, (reward, last_reward) = model.ends(outcome.ending), model.rewards(outcome)
             score = score + gamma**k * alive * (ends * last_reward + (1 - ends) * reward)
-            alive, at, memory = alive * (1 - ends), next_at, model.memory(x, model.pace(next_at - at), memory)
+            alive, at, memory = alive * (1 - ends), next_at, model.memory(x, memory)
         best = score.view(E, N, candidates).mean(0).topk(max(1, candidates // 10), -1).indices
         elite = sequences.gather(1, best[..., None].expand(-1, -1, horizon))
         chances = 0.1 * chances + 0.9 * model.one_hot[elite].mean(1)
@@ -934,8 +871,8 @@ def open_loop(model: WorldModel, replay: Replay, t: Tensor, n: Tensor, length: i
     at, path = model.everyone(real.obs[0]), []
     for k in range(length):
         x = model.features(at, model.everyone(real.actions[k]))
-        before, at = at, torch.clamp(model.most_likely(model.transition(x, at, hidden)), model.obs_low, model.obs_high)
-        hidden = model.memory(x, model.pace(at - before), hidden)
+        at = torch.clamp(model.most_likely(model.transition(x, at, hidden)), model.obs_low, model.obs_high)
+        hidden = model.memory(x, hidden)
         path.append(at)
     return torch.stack(path), real, exists
 

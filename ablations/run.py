@@ -109,10 +109,8 @@ class Job(NamedTuple):
         return self.folder.parent.as_posix()
 
 
-# What most studies share: runs so short, without resets, held actions and memory, that what an ingredient does to one agent in one model is seen, and with
-# the settings that were the defaults when their rows were made.
-THEN = dict(num_steps=250, good_weight=1.0, wm_memory="none")
-SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean") | THEN
+# What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen.
+SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean")
 
 # A smoke run is over within a minute on one core.
 SMOKE = dict(

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import types
 
 import gymnasium as gym
 import numpy as np
@@ -21,8 +20,6 @@ from ppo_mbrl import (
     Settings,
     compute_gae,
     fates,
-    good_share,
-    held_from,
     outcome,
     pack,
     ppo_loss,
@@ -422,7 +419,7 @@ def test_a_run_is_called_what_its_curve_shows(curve, final, expected):
 def test_so_many_real_episodes_are_greedy_and_no_others(share, greedy):
     s = Settings(env_id="MountainCar-v0", gather_greedy=share, gather_limit=20, gather_hold=0)
     env, agent = Environments(s.env_id, 50, 0, s.gather_limit), Agent(2, 3, 8)
-    explore = Explorer(agent, env, s, held_from=math.inf)
+    explore = Explorer(agent, env, s)
     torch.manual_seed(0)
     for episode in range(5):
         same = []
@@ -439,7 +436,7 @@ def test_in_old_episodes_and_no_others_actions_are_held():
     s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=190, gather_hold=30)
     env, agent = Environments(s.env_id, 60, 0, s.gather_limit), Agent(2, 3, 8)
     agent.greedy = lambda obs: torch.full((len(obs),), -1)  # nobody else would
-    explore, rows = Explorer(agent, env, s, held_from=95), []
+    explore, rows = Explorer(agent, env, s), []
     torch.manual_seed(0)
     for step in range(380):
         assert env.ages().tolist() == [step % 190] * 60
@@ -455,48 +452,15 @@ def test_in_old_episodes_and_no_others_actions_are_held():
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
 
 
-@pytest.mark.parametrize(
-    "limit, hold, ago, well, age",
-    [
-        (190, 30, [], [], 95),
-        (190, 30, [9], [False], 95),
-        (190, 30, [9, 8], [True, False], math.inf),
-        (190, 30, [99] * 11, [True] + [False] * 10, 95),  # not one of the latest ten
-        (190, 30, [2000], [True], 95),  # good, but long ago
-        (0, 30, [], [], math.inf),
-        (190, 0, [], [], math.inf),
-    ],
-)
-def test_actions_are_held_in_the_second_half_of_episodes_while_no_ending_is_good(limit, hold, ago, well, age):
-    replay = types.SimpleNamespace(endings=lambda: (torch.tensor(ago).long(), torch.tensor(well).bool()))
-    assert held_from(replay, Settings(gather_limit=limit, gather_hold=hold)) == age
-
-
-def test_nothing_is_held_in_episodes_of_no_age():
-    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=10)
+@pytest.mark.parametrize("limit, hold", [(0, 5), (100, 0)])
+def test_without_a_limit_or_a_duration_no_action_is_held(limit, hold):
+    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=limit, gather_hold=hold)
     env, agent = Environments(s.env_id, 4, 0, s.gather_limit), Agent(2, 3, 8)
     agent.greedy = lambda obs: torch.full((len(obs),), -1)
-    explore = Explorer(agent, env, s, held_from=math.inf)
+    explore = Explorer(agent, env, s)
     for _ in range(150):
         assert (explore(env.obs) == -1).all()
         env.step(torch.zeros(4).long())
-
-
-@pytest.mark.parametrize(
-    "ago, well, share",
-    [
-        ([], [], 0.0),
-        ([9], [False], 0.0),
-        ([9, 8], [True, False], 0.5),
-        ([99] * 11, [True] * 2 + [False] * 9, 0.1),  # of the latest ten
-        ([1900, 1000], [True, True], 1.0),
-        ([1900, 1500], [True, True], 0.5),  # nothing has ended for a while
-        ([2000], [True], 0.0),
-    ],
-)
-def test_the_share_of_good_endings_fades_where_nothing_ends(ago, well, share):
-    replay = types.SimpleNamespace(endings=lambda: (torch.tensor(ago).long(), torch.tensor(well).bool()))
-    assert good_share(replay) == pytest.approx(share)
 
 
 def test_episodes_are_left_at_the_limit_and_ended_ones_are_not_called_left():

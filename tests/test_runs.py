@@ -218,19 +218,16 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
         (False, 0.25, [], [], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
         (True, 0.25, [9], [False], 0.0, 0.25, 0.98222, 0.8),  # a quarter of the steps came to an end
         (True, 0.75, [9], [False], 0.0, 0.75, 0.94377, 0.8),  # 1 - 0.1^(3/4) 0.01^(1/4)
-        (True, 0.25, [9, 8], [False, True], 0.5, 0.75, 0.98222, 0.65),  # good ones count one and a half times here
-        (True, 0.25, [*range(12, 1, -1)], [True, False] + [True] * 9, 0.9, 1.0, 0.99, 0.6),  # the latest ten
-        (True, 0.9, [*range(12, 2, -1)], [True, False] * 5, 0.5, 0.9, 0.98222, 0.65),  # far-sighted by 0.75; a tenth comes to no end
+        (True, 0.25, [9, 8], [False, True], 0.5, 0.5, 0.98222, 0.7),
+        (True, 0.25, [*range(12, 1, -1)], [True, False] + [True] * 9, 0.9, 0.9, 0.98741, 0.62),  # the latest ten; 1 - 0.1^0.1 0.01^0.9
         (True, 0.0, [3000], [True], 0.0, 0.0, 0.99, 0.8),  # nothing ends any more
-        (True, 0.0, [1750, 1250], [False, True], 0.375, 0.5625, 0.99, 0.6875),  # three quarters of a half
+        (True, 0.0, [1750, 1250], [False, True], 0.375, 0.375, 0.99, 0.725),  # three quarters of a half
     ],
 )
 def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, good, charged, gamma, gae_lambda):
-    s = Settings(caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, good_weight=1.5, grounding=3.0)
-    replay = fates(ended, ago, well, (0, 1))
-    sure = min(1, 1.5 * good)
-    assert Schedule.of(replay, s, 100)[:5] == pytest.approx((good, charged, gamma, gae_lambda, 3 * sure), abs=1e-5)
-    assert Schedule.of(replay, s, 100, sure=1.0)[:5] == pytest.approx((good, 1, 0.99, 0.6, 3), abs=1e-5)
+    s = Settings(caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
+    found = Schedule.of(fates(ended, ago, well, (0, 1)), s)
+    assert found[:5] == pytest.approx((good, charged, gamma, gae_lambda, 3 * good), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -252,60 +249,17 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
     ],
 )
 def test_an_agent_is_stuck_if_no_ending_is_good_and_nothing_gets_better(ended, ago, well, rates, stuck):
-    assert Schedule.of(fates(ended, ago, well, rates), Settings(), 100).stuck == stuck
+    schedule = Schedule.of(fates(ended, ago, well, rates), Settings())
+    assert schedule.stuck == stuck
+    assert schedule.safe == (False not in well[-10:] if well else rates[1] > rates[0])
 
 
-TWELVE = [*range(120, 0, -10)]
-
-
-@pytest.mark.parametrize(
-    "size, ended, ago, well, age, failing",
-    [
-        (4000, 0.9, [30, 20, 10], [False, False, False], 50, True),
-        (4000, 0.9, [30, 20, 10], [True, False, False], 50, False),  # a third is enough
-        (6000, 0.9, [40, 30, 20, 10], [True, True, False, False], 50, True),  # with more data 1 - 2/3 2/3 = 0.56
-        (6000, 0.9, [40, 30, 20, 10], [True, True, True, False], 50, False),
-        (12_000, 0.9, TWELVE, [True] * 9 + [False] * 3, 200, True),  # seven of the latest ten; it takes 0.78
-        (12_000, 0.9, TWELVE, [True] * 10 + [False] * 2, 200, False),
-        (6000, 0.9, TWELVE, [False] * 8 + [True, True, True, False], 45, False),  # of its own four
-        (6000, 0.9, TWELVE, [True] * 8 + [False] * 4, 45, True),
-        (6000, 0.9, TWELVE, [True] * 8 + [False, True, True, True], 44, False),  # the fourth, its first, was begun by another
-        (6000, 0.9, TWELVE, [False] * 12, 34, False),  # two are too few to tell by
-        (6000, 0.4, TWELVE, [False] * 12, 34, True),  # but few come to an end
-        (6000, 0.4, [], [], 50, False),  # nothing has ever ended, and the reward grows
-        (6000, 0.0, [3000] * 12, [False] * 2 + [True] * 10, 50, False),  # a pole that is balanced for good
-    ],
-)
-def test_an_agent_fails_if_its_own_episodes_end_badly_or_come_to_no_end(size, ended, ago, well, age, failing):
-    assert Schedule.of(fates(ended, ago, well, (0, 1), size), Settings(), age).failing == failing
-
-
-def test_drawn_episodes_do_not_tell_whether_an_agent_fails():
-    ago, well = [50, 40, 30, 20, 10], [False, True, True, False, True]
-    assert Schedule.of(fates(0.9, ago, well, (0, 1), 8000), Settings(), 100).failing  # three of five, where it takes two thirds
-    assert not Schedule.of(
-        fates(0.9, ago, well, (0, 1), 8000, [9, 10, 11, 12, 14]), Settings(), 100
-    ).failing  # the ninth of 0.75 is not greedy
-    assert Schedule.of(fates(0.9, ago, well, (0, 1), 8000, [8, 9, 10, 11, 12]), Settings(), 100).failing
-
-
-class Fates(types.SimpleNamespace):
+def fates(ended: float, ago: list, well: list, rates: tuple):
     """Stands in for a replay: how real episodes ended, and how the reward grew."""
-
-    def __len__(self):
-        return self.size
-
-
-def fates(ended: float, ago: list, well: list, rates: tuple, size: int = 5000, numbers: list | None = None) -> Fates:
-    """Each episode that ended had five steps, and is greedy unless its number is 1, 5, 9, ..."""
-    held_from = math.inf if any(well[-10:]) and ago[-1] < 2000 else 300
     endings = torch.tensor(ago).long(), torch.tensor(well).bool()
-    episodes = torch.tensor(numbers or [2] * len(ago)).long(), torch.full((len(ago),), 5)
-    return Fates(
-        size=size,
-        share_ended=lambda latest, within: {(1000, held_from): ended}[latest, within],
+    return types.SimpleNamespace(
+        share_ended=lambda latest, within: {(1000, 300): ended}[latest, within],
         endings=lambda: endings,
-        ended_episodes=lambda: episodes,
         reward_rates=lambda latest: {1000: rates}[latest],
     )
 
@@ -323,7 +277,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
         monkeypatch.setattr(ppo_mbrl, name, stand_in)
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
-    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, stuck=False, failing=False)
+    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, safe=False, stuck=False)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, schedule, 2)
     assert len(given) == 2 and run.imagined_steps == 6
     assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
@@ -336,7 +290,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
 @pytest.mark.parametrize("stuck, reset_from, times", [(True, 0, [90, 120]), (True, 100, [90]), (False, 0, [])])
 def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    monkeypatch.setattr(Schedule, "of", lambda replay, s, age: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, stuck, False))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, True, stuck))
     assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from) == 0
     rows = rows_of(tmp_path)[1:]
     assert [row["real_steps"] for row in rows] == [60, 90, 120, 150, 180]
@@ -347,33 +301,27 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
 
 
 @pytest.mark.parametrize(
-    "failing, reset_from, known_from, times",
+    "good, safe, reset_from, times",
     [
-        (True, 100, 999, [120, 150]),
-        (True, 90, 999, [90, 150]),
-        (True, 60, 999, [90, 120]),
-        (True, 60, 100, [90, 120]),
-        (True, 60, 121, [90, 120, 150]),  # good endings have come to be known
-        (False, 60, 121, []),
-        (True, 100, 90, [120, 150]),  # known already
-        (False, 100, 999, []),
-        (True, 0, 100, []),
+        (0.0, False, 100, [120, 150]),
+        (0.3, False, 90, [90, 150]),
+        (0.0, False, 60, [90, 120]),
+        (0.4, False, 100, [120, 150]),  # less than 1 - 2/3 100/120 = 0.44
+        (0.5, False, 100, [150]),  # less than 0.56
+        (0.6, False, 100, []),
+        (0.0, True, 100, []),  # nothing ends any more, and what did was good
+        (0.0, False, 0, []),
     ],
 )
-def test_model_and_agent_begin_anew_as_the_data_grows_while_the_agent_fails(failing, reset_from, known_from, times, tmp_path, monkeypatch):
+def test_model_and_agent_begin_anew_as_the_data_grows_until_endings_are_good(good, safe, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    did, asked = [], []
+    did = []
 
     def told(name, what):  # each step of an iteration, in order
         original = getattr(ppo_mbrl, name)
         monkeypatch.setattr(ppo_mbrl, name, lambda *given, **more: did.append(what(*given)) or original(*given, **more))
 
-    def schedule(replay, s, age, sure=None):
-        asked.append((len(replay), age, sure))
-        return Schedule(0.0, 1.0, 0.9, 0.9, 0.0, False, failing)
-
-    monkeypatch.setattr(Schedule, "of", schedule)
-    monkeypatch.setattr(world_model.Replay, "knows_good_endings", property(lambda replay: len(replay) >= known_from))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(good, 1.0, 0.9, 0.9, 0.0, safe, False))
     told("gather", lambda run, *_: run.real_steps + 30)
     told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
     told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
@@ -381,16 +329,13 @@ def test_model_and_agent_begin_anew_as_the_data_grows_while_the_agent_fails(fail
     # with --renew-growth 0.4 the data has grown at 140 and 196, at 126 and 176.4, or at 84, 118 and 165
     more = dict(total_steps=180, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4, wm_first_updates=9, wm_updates=5)
     assert train(tmp_path, **more, rounds=2) == 0
-    expected, asks, born = [30, "fitted 9 times", "dreamed 6 times"], [(60, 60, None)], 0
+    expected = [30, "fitted 9 times", "dreamed 6 times"]
     for steps in (90, 120, 150, 180):
-        asks.append((steps, steps - born, None))
         if steps in times:
             expected += [steps, "WorldModel anew", "fitted 7 times", "Agent anew", "dreamed 4 times"]
-            asks += [(steps, 0, 1.0)] * (steps >= known_from)  # as strict as if all endings were good
-            born = steps
         else:
             expected += [steps, "fitted 5 times", "dreamed 2 times"]
-    assert did == expected and asked == asks
+    assert did == expected
     assert [row["real_steps"] for row in rows_of(tmp_path)[1:] if row["wm/anew"] and row["dream/anew"]] == times
 
 

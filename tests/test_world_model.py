@@ -112,7 +112,7 @@ def test_the_memory_is_the_textbook_gru():
     memory = GRUMemory(2, 3, 4, window=5)
     x, h = torch.randn(2, 6, 3), torch.randn(2, 6, 4)
     loop = torch.stack([torch.stack([textbook_gru(memory, e, x[e, b], h[e, b]) for b in range(6)]) for e in range(2)])
-    torch.testing.assert_close(memory(x, None, h), loop, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(memory(x, h), loop, atol=1e-5, rtol=1e-5)
 
 
 def test_the_memory_is_torchs_gru_cell_where_the_reset_gate_is_open():
@@ -125,7 +125,7 @@ def test_the_memory_is_torchs_gru_cell_where_the_reset_gate_is_open():
         cell.weight_ih.copy_(torch.cat([W[:3].T, C[:3].T])), cell.weight_hh.copy_(torch.cat([W[3:].T, C[3:].T]))
         cell.bias_ih.copy_(torch.cat([memory.gates.bias[0, 0], memory.candidate.bias[0, 0]])), cell.bias_hh.zero_()
     x, h = torch.randn(1, 6, 3), torch.randn(1, 6, 4)
-    torch.testing.assert_close(memory(x, None, h)[0], cell(x[0], h[0]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(memory(x, h)[0], cell(x[0], h[0]), atol=1e-6, rtol=1e-5)
 
 
 @settings(max_examples=50, deadline=None)
@@ -189,9 +189,9 @@ def test_a_potential_cannot_be_mined_in_a_loop():
 def test_the_reward_is_the_head_and_the_potential_of_the_true_next_observation():
     model, replay = WorldModel(3, 2, ModelSettings(wm_binary=False)), filled(random_rollout(100, 1, 3, seed=3))
     model.adapt(replay)
-    obs, next_obs, hidden = torch.randn(5, 7, 3), torch.randn(5, 7, 3), torch.rand(5, 7, 2)
+    obs, next_obs, hidden = torch.randn(5, 7, 3), torch.randn(5, 7, 3), torch.zeros(5, 7, 0)
     x = model.features(obs, torch.randint(2, (5, 7)))
-    alone = model.heads(torch.cat([x, model.change_scale(next_obs - obs), hidden], -1))[..., 0]
+    alone = model.heads(torch.cat([x, model.change_scale(next_obs - obs)], -1))[..., 0]
     phi = [model.potential.net(model.obs_scale(o))[..., 0] for o in (obs, next_obs)]
     slope = (model.obs_scale.std / model.change_scale.std).median()
     torch.testing.assert_close(model.outcome(x, next_obs - obs, hidden).reward, alone + slope * (phi[1] - phi[0]), atol=1e-4, rtol=1e-4)
@@ -477,7 +477,7 @@ def test_the_open_loop_error_of_a_constant_bias_grows_by_the_bias_and_sets_the_h
     ids=["endings are bad", "living is worse", "living is worse, but one member knows no endings"],
 )
 def test_the_planner_finds_what_trying_every_sequence_finds(price, gamma, goal, i, limit, ending):
-    s = ModelSettings(wm_likelihood="squared", wm_ensemble=2, wm_memory="none", wm_ending=ending)
+    s = ModelSettings(wm_likelihood="squared", wm_ensemble=2, wm_ending=ending)
     model = true_model("delta", s)
     A, b = exact_flow(*oscillator())
     model.potential, knows = NoPotential(), torch.tensor([[True], [ending == "member"]])
@@ -673,54 +673,6 @@ def test_a_dream_remembers_its_own_episode_and_nothing_before_it():
         torch.testing.assert_close(hidden[:, at], h[:, 0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("autoencoder", [False, True])
-def test_a_model_remembers_for_how_long_the_latest_action_has_been_taken_at_rest(autoencoder):
-    """Counted step by step: in the past of real steps, in what training begins with, and as an episode goes on."""
-    torch.manual_seed(0)
-    uncertainty = dict(uncertainty="both", wm_autoencoder_window=4) if autoencoder else {}
-    model = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="rest", **uncertainty))
-    rollout, moves = random_rollout(200, 2, 3, seed=13, p=0.05), torch.rand(200, 2, 1) < 0.2  # at rest for five steps on average
-    next_obs = torch.where(moves, rollout.next_obs, rollout.obs + 0.1 * torch.randn(200, 2, 3))
-    replay = filled(rollout._replace(actions=(torch.rand(200, 2) < 0.1).long().cumsum(0) % 2, next_obs=next_obs))  # held for ten
-    model.adapt(replay)
-    assert model.memory.needed == (replay.steps.rewards[replay.steps.terminated] >= replay.steps.rewards.median()).sum().ge(3) == 1
-    steps, std, counted = replay.steps, model.change_scale.std.tolist(), torch.zeros(200, 2, 2)
-    for n in range(2):
-        for t in range(1, 200):
-            if replay.age[t, n] > 0:
-                change = (steps.next_obs - steps.obs)[t - 1, n].tolist()
-                square, action = min(1, sum((c / s) ** 2 for c, s in zip(change, std)) / 3), int(steps.actions[t - 1, n])
-                counted[t, n, action] = (1 - square) * (0.05 + 0.95 * counted[t - 1, n, action])
-    assert (counted > 0.15).any() and (counted[1:].sum(-1) == 0).any()
-    torch.testing.assert_close(model.past(replay), counted)
-    t, n = torch.arange(5, 199), torch.arange(194) % 2
-    hidden, _ = model.recall(replay, t, n)
-    torch.testing.assert_close(hidden, counted[t, n].expand(2, -1, -1))
-    x, pace = model.features(steps.obs[t, n], steps.actions[t, n]), model.pace((steps.next_obs - steps.obs)[t, n])
-    same = replay.age[t + 1, n] > 0
-    torch.testing.assert_close(model.memory(x, pace, hidden)[:, same], counted[t + 1, n].expand(2, -1, -1)[:, same])
-    seen, step_loss = [], model.step_loss
-    model.step_loss = lambda x, step, hidden, valid: seen.append((step, hidden)) or step_loss(x, step, hidden, valid)
-    fit(model, torch.optim.SGD(model.parameters(), lr=0.0), replay, updates=3, batch=50)
-    past = {tuple(obs): held for obs, held in zip(steps.obs.flatten(0, 1).tolist(), counted.flatten(0, 1))}
-    for step, hidden in seen:
-        expected = torch.stack([past[tuple(obs)] for obs in step.obs.flatten(0, 1).tolist()])
-        torch.testing.assert_close(hidden.flatten(0, 1), expected)
-
-
-@pytest.mark.parametrize("good", [2, 3])
-def test_rest_is_remembered_once_three_endings_were_good(good):
-    model, rollout = WorldModel(3, 2, ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="rest")), random_rollout(100, 1, 3, seed=3, p=0)
-    terminated, rewards = torch.zeros(100, 1, dtype=torch.bool), torch.zeros(100, 1)
-    terminated[9::10], rewards[9::10] = True, -100.0
-    rewards[9 : 10 * good : 10] = 0.0  # no less than the median
-    replay = filled(rollout._replace(obs=rollout.obs * 0, next_obs=rollout.obs * 0, terminated=terminated, rewards=rewards))
-    model.adapt(replay)
-    x, hidden = model.everyone(model.features(replay.steps.obs[:, 0], replay.steps.actions[:, 0])), torch.full((2, 100, 2), 0.5)
-    remembered = model.past(replay), model.memory(x, torch.zeros(100), hidden)
-    assert all(bool((h > 0).any()) == (good == 3) for h in remembered) and all((h >= 0).all() for h in remembered)
-
-
 # ------------------------------------------------------------------------------------------------- endings and autoencoder
 
 
@@ -808,9 +760,7 @@ def test_held_out_episodes_are_never_fitted():
     rollout, s = random_rollout(300, 2, 3, seed=14), ModelSettings(wm_ensemble=2, wm_hidden=4, wm_memory="gru", uncertainty="both")
     replay, model, seen = filled(rollout, holdout=3), WorldModel(3, 2, s), []
     learn = model.loss
-    model.loss = lambda steps, valid, hidden: (
-        seen.append((steps.rewards[-1].flatten(), steps.rewards[valid])) or learn(steps, valid, hidden)
-    )
+    model.loss = lambda steps, valid: seen.append((steps.rewards[-1].flatten(), steps.rewards[valid])) or learn(steps, valid)
     fit(model, torch.optim.AdamW(model.parameters(), 1e-3), replay, 40, 256)
     secret = set(rollout.rewards[replay.held_out].tolist())
     fitted = {x for last, all_valid in seen for part in (last, all_valid) for x in part.tolist()}
@@ -889,33 +839,3 @@ def test_endings_say_how_long_ago_they_were_and_whether_they_paid_at_least_what_
     replay.add(Rollout(obs, torch.zeros(4, 2).long(), rewards, obs, ended, torch.zeros(4, 2).bool()))
     ago, well = replay.endings()
     assert ago.tolist() == [6, 2, 0] and well.tolist() == [False, True, True]  # two environments: two real steps at a time
-    number, length = replay.ended_episodes()
-    assert number.tolist() == [1, 1, 2] and length.tolist() == [2, 6, 6]
-
-
-def test_episodes_that_ended_are_numbered_among_all_and_so_long_as_they_were():
-    """Counted step by step."""
-    replay, rollout = Replay(3, 2, 10), random_rollout(150, 3, 2, seed=21, p=0.1)
-    for part in range(0, 150, 50):  # the same in pieces
-        replay.add(Rollout(*(x[part : part + 50] for x in rollout)))
-    found, (number, length) = [], replay.ended_episodes()
-    counted = {n: [1, 0] for n in range(3)}
-    for t in range(150):
-        for n in range(3):
-            counted[n][1] += 3
-            if rollout.terminated[t, n]:
-                found.append(tuple(counted[n]))
-            if rollout.terminated[t, n] or rollout.truncated[t, n]:
-                counted[n] = [counted[n][0] + 1, 0]
-    assert list(zip(number.tolist(), length.tolist())) == found and len(found) > 20
-
-
-@pytest.mark.parametrize("good", [0, 2, 3])
-def test_good_endings_are_known_once_there_were_three(good):
-    replay, ended, obs = Replay(1, 1, 10), torch.zeros(40, 1, dtype=torch.bool), torch.zeros(40, 1, 1)
-    assert not replay.knows_good_endings
-    ended[4::5], rewards = True, torch.zeros(40, 1)
-    rewards[4::5] = -1.0
-    rewards[4 : 5 * good : 5] = 0.0  # no less than the median
-    replay.add(Rollout(obs, torch.zeros(40, 1).long(), rewards, obs, ended, torch.zeros(40, 1).bool()))
-    assert replay.knows_good_endings == (good == 3)
