@@ -81,7 +81,7 @@ class Settings(ModelSettings):
     env_id: str = setting("LunarLander-v3", "Any Gymnasium environment with a flat Box observation and Discrete actions.", panel="Run", identity=False)
     total_steps: int = setting(20_000, "Real steps of the whole run.", 1, 10**12, "Run", identity=False, ppo=1_000_000, mpc=5_000)
     run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
-    config: str = setting("", "A JSON file of settings, such as a config.json; flags go before it.", panel="Run", identity=False)
+    config: str = setting("", "A JSON file of settings, such as a config.json; flags override it.", panel="Run", identity=False)
     gamma: float = setting(0.99, "Discount of PPO and of the planner.", 0, 1, "Run", ppo=0.999)
     eval_every: int = setting(500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False, ppo=25_000, mpc=2_500)
     fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
@@ -91,17 +91,17 @@ class Settings(ModelSettings):
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
     num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
-    growth: float = setting(0.0625, "Real steps between two fits, as a share of those so far, up to --num-steps: little data is soon learned.", 1e-6, 1e9, "Gathering")
+    growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
-    gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never.", 0, 10**9, "Exploring")
+    gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
     gather_hold: int = setting(60, "From half of --gather-limit on, actions drawn at random are held for up to so many steps: an episode that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
-    minibatch: int = setting(2048, "Steps in a minibatch.", 1, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(2048, "Steps in a minibatch; advantages are normalised in it.", 2, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
     entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
@@ -116,12 +116,12 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Charge the negative reward of an imagined ending by the share of recent real steps whose episode ended, or of good endings, not in full.", panel="Dreams")
-    renew_growth: float = setting(0.5, "Whenever the data has grown by this share: an agent that is stuck begins anew, up to --reset-from; model and agent, from there on. 0: nothing ever begins anew.", 0, 1e9, "Dreams")
+    caution: bool = setting(True, "Scale the negative reward of an imagined ending by the larger of two shares: of recent real steps whose episode ended, and of good ones among the latest endings. --no-caution: charge it in full.", panel="Dreams")
+    renew_growth: float = setting(0.5, "Each time the data has grown by this share, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
     reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
     reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
-    good_gamma: float = setting(0.998, "The discount comes to this as real episodes end well or do not end.", 0, 1, "Dreams")
+    good_gamma: float = setting(0.998, "Discount towards which --gamma moves as real episodes end well, or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
@@ -140,7 +140,7 @@ class Settings(ModelSettings):
         file = read_settings_file(given["config"], known, of_a_fork) if given.get("config") else {}
         if ":" in str(file.get("env_id")) and "env_id" not in given:
             raise UsageError(
-                f"{given['config']} names an environment that imports a module, {file['env_id']!r}; to trust it, type it as --env-id."
+                f"{given['config']} names an environment that imports a module, {file['env_id']!r}; to trust it, type it as --env-id"
             )
         chosen = file | given
         mode = chosen.get("mode", known["mode"].default)
@@ -277,7 +277,7 @@ def mlp(size_in: int, hidden: int, size_out: int, last_gain: float) -> nn.Sequen
 
 
 class Agent(nn.Module):
-    """A stochastic policy and a value function over the same observation, in its own units; in dreams normalised by the scales of the first fit."""
+    """A stochastic policy and a value function over the same observation. Dreams' agents normalise it, by the scales of the model's first fit."""
 
     def __init__(self, obs_dim: int, num_actions: int, hidden: int):
         super().__init__()
@@ -454,8 +454,8 @@ def train_simple(run: "Run"):
         rollout = gather(run, env, Explorer(agent, env, s), replay)
         scale.update(rollout)
         schedule = Schedule.of(replay, s)
-        early = not 0 < s.reset_from <= run.real_steps
-        stuck = early and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
+        late = 0 < s.reset_from <= run.real_steps
+        stuck = not late and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
         reset = schedule.outgrown(run.real_steps, s.reset_from) and run.grown(s.renew_growth, s.reset_from)  # model and agent do
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
@@ -497,7 +497,7 @@ class Schedule(NamedTuple):
     def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
         ago, well = replay.endings()
         ago, well = ago[-latest:], well[-latest:]
-        ended, good = replay.share_ended(steps, s.held_from), 0.0  # by itself, not because actions were held
+        ended, good = replay.share_ended(steps, s.held_from), 0.0  # endings at an age at which actions are held don't count
         if len(ago):
             good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
         sight = max(1 - ended, good)
@@ -514,8 +514,8 @@ class Schedule(NamedTuple):
         )
 
     def outgrown(self, steps: int, since: int) -> bool:
-        """Whether what was learned from fewer data than these `steps` is worth less than a new beginning: too few endings are good. A third is enough
-        at `since` steps; the more data, the more it takes, for the better would a new agent be."""
+        """Whether too few of the latest endings are good. At `since` steps a third is enough; the share needed grows with the data, for the better
+        would a new agent be. Where all are good, or none was ever seen and the reward grows, nothing is outgrown."""
         return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 
@@ -539,13 +539,14 @@ def dream_and_improve(
         return steps._replace(rewards=scale(torch.where(punished, schedule.caution * steps.rewards, steps.rewards)))
 
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
-    dream, logs = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), []
+    dream, usual = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), float(replay.steps.rewards.median())
+    logs = []
     for _ in range(rounds):
         rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
         run.imagined_steps += rollout.actions.numel()
         real = real_returns(agent, replay, charged, s) if s.grounding else None
         log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
-        logs.append(log | fates(rollout, float(replay.steps.rewards.median())))
+        logs.append(log | fates(rollout, usual))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
     told = {"dream/disagreement": float(dream.disagreement), "dream/horizon": horizon}
     return means | told | {"dream/caution": schedule.caution, "dream/good": schedule.good}
@@ -604,7 +605,7 @@ class Explorer:
         if s.held_from == math.inf:
             return actions
         old = self.env.ages() >= s.held_from
-        begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about half of the time
+        begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about 60 % of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
         self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)
         return torch.where(old & (self.left > 0), self.held, actions)
@@ -655,7 +656,6 @@ class Scores(NamedTuple):
         }
 
 
-@torch.random.fork_rng()
 def play(act, env_id: str, episodes: int, seed: int, tick=lambda: None, frames: list | None = None) -> Scores:
     """Plays one episode on each of the environment seeds seed, seed + 1, ...; act(obs (n, O)) -> actions (n). `frames` collects pictures of the first."""
     envs = list(evaluation_envs(env_id, episodes))
@@ -663,21 +663,22 @@ def play(act, env_id: str, episodes: int, seed: int, tick=lambda: None, frames: 
         envs[0] = make_env(env_id, render_mode="rgb_array")
     obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     returns, lengths, timeouts, alive = np.zeros(episodes), np.zeros(episodes, int), np.zeros(episodes, bool), list(range(episodes))
-    torch.manual_seed(seed)  # for policies that draw, such as a planner
-    while alive:
-        actions = act(torch.as_tensor(np.array([obs[i] for i in alive], dtype=np.float32))).tolist()
-        if frames is not None and 0 in alive:
-            frames.append(envs[0].render())
-        still = []
-        for i, action in zip(alive, actions):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action + int(envs[i].action_space.start))
-            returns[i] += reward
-            lengths[i] += 1
-            timeouts[i] = truncated and not terminated
-            if not (terminated or truncated):
-                still.append(i)
-        alive = still
-        tick()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        torch.manual_seed(seed)  # for policies that draw, such as a planner
+        while alive:
+            actions = act(torch.as_tensor(np.array([obs[i] for i in alive], dtype=np.float32))).tolist()
+            if frames is not None and 0 in alive:
+                frames.append(envs[0].render())
+            still = []
+            for i, action in zip(alive, actions):
+                obs[i], reward, terminated, truncated, _ = envs[i].step(action + int(envs[i].action_space.start))
+                returns[i] += reward
+                lengths[i] += 1
+                timeouts[i] = truncated and not terminated
+                if not (terminated or truncated):
+                    still.append(i)
+            alive = still
+            tick()
     return Scores(returns, lengths, timeouts)
 
 
@@ -693,7 +694,10 @@ def random_actions(s: Settings):
 
 
 def outcome(evaluations: list[float], final: float, threshold: float, random: float) -> str:
-    """'solved', 'collapsed', 'stuck' or 'other', from the evaluation means over the run, the final score and the random policy's."""
+    """'solved', 'collapsed', 'stuck' or 'other', from the evaluation means over the run, the final score and the random policy's.
+
+    The distances are those of LunarLander; where returns span less than 150, a run is solved or other.
+    """
     curve = np.array(evaluations)
     if final >= threshold:
         return "solved"
@@ -764,15 +768,15 @@ class Run:
         return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
 
     def grown(self, share: float, since: float) -> bool:
-        """Whether in this iteration the data has come to `since` real steps, or grown from there, once more, by this share; never if either is 0,
-        nor in the first iteration or the last: who begins anew at the end would never act (so a run that is made longer misses what fell on its end)."""
+        """Whether in this iteration the real steps have passed `since`, `since` (1 + share), `since` (1 + share)^2, ...; never if either is 0, nor in
+        the first iteration or the last: who begins anew at the end would never act (so a run that is made longer misses what fell on its end)."""
         times = lambda steps: int(math.log(steps / since, 1 + share)) if steps >= since else -1  # noqa: E731
         between = self.iteration > 0 and self.goes_on()
         return share > 0 and since > 0 and between and times(self.real_steps) > times(self.saved["real_steps"])
 
     def temperature(self) -> float:
         s = self.settings
-        return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * self.real_steps / s.total_steps
+        return s.temperature + ((s.temperature_end or s.temperature) - s.temperature) * min(1, self.real_steps / s.total_steps)
 
     def phase(self, name: str):
         self.view.now = name
@@ -1065,9 +1069,9 @@ class View:
     def row(self, run: Run, row: dict):
         self.newest |= row
         if not self.console.is_terminal:
-            left = (run.settings.total_steps - run.real_steps) * row["wall_s"] / max(run.real_steps, 1)
-            shown = [f"{name} {number(row[name])}" for name in self.SHOWN.values() if row.get(name) is not None]
-            self.say(f"{100 * run.real_steps / run.settings.total_steps:3.0f} %, {left:,.0f} s left | " + "  ".join(shown))
+            done, shown = run.real_steps / run.settings.total_steps, [name for name in self.SHOWN.values() if row.get(name) is not None]
+            left = f", {(1 / done - 1) * row['wall_s']:,.0f} s left" if 0 < done < 1 else ""
+            self.say(f"{100 * done:3.0f} %{left} | " + "  ".join(f"{name} {number(row[name])}" for name in shown))
 
     def stop(self):
         if self.live:

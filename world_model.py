@@ -163,7 +163,7 @@ class Replay:
         time = torch.arange(len(over), device=over.device)[:, None]
         age = time - torch.where(began, time, -1 - self.going_on).cummax(0).values  # (T, N) steps since the episode began
         episode = self.episode + began.cumsum(0)
-        held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on
+        held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on, of two the second
         self.going_on, self.episode = torch.where(over[-1], -1, age[-1]), episode[-1]
         T = len(self.age)
         self.buffers = [append(buffer, T, new) for buffer, new in zip(self.buffers, (*rollout, age, held_out))]
@@ -1034,9 +1034,7 @@ def draw_diagnosis(model: WorldModel, replay: Replay, folder: Path):
 DTYPES = {  # of checkpoints
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
     torch.int64: "I64",
-    torch.int32: "I32",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -1171,7 +1169,7 @@ def main(
 ):
     """Fits a fresh world model to the data of a run and says where it is wrong: by horizon, by size of the reward, by place.
 
-    Flags go before the run's own settings. Numbers go to RUN_DIR/world_model/diagnosis.json, pictures beside it.
+    Flags override the run's own settings. Numbers go to RUN_DIR/world_model/diagnosis.json, pictures beside it.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -1189,13 +1187,16 @@ def main(
     model = WorldModel(replay.steps.obs.shape[-1], int(replay.steps.actions.max()) + 1, settings)
     optimizer = torch.optim.AdamW([flatten(model)], lr=settings.wm_lr, weight_decay=settings.wm_weight_decay, fused=True)
     console = Console()
+    of_runs = "wm_updates", "wm_first_updates", "wm_autoencoder", "uncertainty_use", "uncertainty_limit", "uncertainty_penalty"
+    if idle := [name for name in given if name in of_runs]:
+        console.print(f"Without effect outside a run: {', '.join(idle)}.", highlight=False)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("fitting", total=updates)
         losses = fit(model, optimizer, replay, updates, settings.wm_batch, lambda: progress.advance(bar))
     if not all(map(math.isfinite, losses.values())):
         raise UsageError("The fit diverged: its losses are not finite. Try a smaller --wm-lr.")
     result = diagnose(model, replay)
-    (folder / "diagnosis.json").write_text(json.dumps(result, indent=1))
+    write_json(folder / "diagnosis.json", result)
     draw_diagnosis(model, replay, folder)
 
     def show(title, head, rows):

@@ -438,6 +438,33 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(kind, tmp_path, m
     assert fingerprint(tmp_path / "torn") == fingerprint(tmp_path / "whole")
 
 
+def test_off_a_terminal_lines_say_what_is_left_once_that_can_be_told(tmp_path, monkeypatch, capsys):
+    in_brief(monkeypatch)
+    assert train(tmp_path) == 0
+    lines = [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert lines[0] == "0 %" and lines[-1] == "100 %"
+    assert [line.split(",")[0] for line in lines[1:-1]] == ["67 %"] and all(line.endswith(" s left") for line in lines[1:-1])
+
+
+def test_the_temperature_stops_at_its_end_where_the_last_steps_of_many_environments_go_beyond_it():
+    run = types.SimpleNamespace(settings=Settings(temperature=1.0, temperature_end=0.001, total_steps=20_000, num_envs=64))
+    for steps, expected in ((0, 1.0), (10_000, 0.5005), (20_000, 0.001), (20_063, 0.001)):
+        run.real_steps = steps
+        assert Run.temperature(run) == pytest.approx(expected)
+
+
+def test_evaluations_on_the_cpu_do_not_wake_a_gpu(monkeypatch):
+    def wake(*_):
+        raise AssertionError("CUDA was asked for its random state")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", wake)
+    before = torch.get_rng_state()
+    scores = ppo_mbrl.play(lambda obs: torch.randint(2, (len(obs),)), "CartPole-v1", 3, 7)
+    again = ppo_mbrl.play(lambda obs: torch.randint(2, (len(obs),)), "CartPole-v1", 3, 7)
+    assert (scores.returns == again.returns).all() and torch.equal(before, torch.get_rng_state())
+
+
 def test_an_interrupted_run_says_so(tmp_path, monkeypatch, capsys):
     in_brief(monkeypatch)
     with monkeypatch.context() as patch:
@@ -606,9 +633,10 @@ def test_a_planning_model_can_be_evaluated(tmp_path, monkeypatch, capsys):
 def test_the_diagnosis_of_a_run_tells_where_the_model_is_wrong(tmp_path, monkeypatch):
     in_brief(monkeypatch)
     assert train(tmp_path, warmup_steps=1600, total_steps=1630) == 0
-    words = [sys.executable, SCRIPTS / "world_model.py", "--updates", "300", "--wm-target", "ode", tmp_path]
+    words = [sys.executable, SCRIPTS / "world_model.py", "--updates", "300", "--wm-target", "ode", "--wm-updates", "5", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "Without effect outside a run: wm_updates." in done.stdout
     result = json.loads((tmp_path / "world_model" / "diagnosis.json").read_text())
     assert 0 < result["error_by_horizon"]["1"] < result["error_by_horizon"]["20"]
     assert sum(part["steps"] for part in result["reward_error_by_size"].values()) == result["endings"]["steps"]
