@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from world_model import (
     Dream,
+    Mirror,
     ModelSettings,
     Normaliser,
     Replay,
@@ -124,6 +125,7 @@ class Settings(ModelSettings):
     good_gamma: float = setting(0.998, "Discount towards which --gamma moves as real episodes end well, or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
+    mirror: bool = setting(True, "Learn from the mirror image of each real step as well, if the first real steps show that there is one.", panel="Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
@@ -444,9 +446,11 @@ def train_simple(run: "Run"):
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
     wm_optimizer = torch.optim.AdamW([flatten(model)], lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
-    replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
+    replay, mirror = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device), Mirror(env.obs_dim, env.num_actions).to(s.device)
     scale = ReturnScale(s.num_envs, s.good_gamma)
-    parts = dict(agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay, scale=scale, env=env)
+    parts = dict(
+        agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay, mirror=mirror, scale=scale, env=env
+    )
     run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
@@ -460,14 +464,15 @@ def train_simple(run: "Run"):
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
-        log = learn(run, model, wm_optimizer, replay, anew=reset)
+        both = mirror(replay) if s.mirror else replay
+        log = learn(run, model, wm_optimizer, both, anew=reset)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
         rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
-        log |= dream_and_improve(run, agent, optimizer, model, replay, scale, schedule, rounds)
+        log |= dream_and_improve(run, agent, optimizer, model, both, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
 

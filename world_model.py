@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -194,6 +195,12 @@ class Replay:
         index = (t + offset).clamp(0, len(self.age) - 1)
         return Rollout(*(x[index, n] for x in self.steps)), self.age[index, n] == self.age[t, n] + offset
 
+    def beside(self, image: Rollout) -> "Replay":
+        """A replay with as many environments again, in which the same episodes happened as `image` shows them."""
+        both = Replay(2 * self.age.shape[1], self.steps.obs.shape[-1], self.holdout, self.newest, self.age.device)
+        both.add(Rollout(*(torch.cat(pair, 1) for pair in zip(self.steps, image))))
+        return both
+
     def state_dict(self) -> dict:
         return self.steps._asdict()
 
@@ -264,6 +271,94 @@ def quantiles(x: Tensor, *q: float) -> list[Tensor]:
     """Quantiles by rank, for tensors of any size (torch.quantile stops at 16 million)."""
     ranked = x.flatten().sort().values
     return [ranked[round(p * (len(ranked) - 1))] for p in q]
+
+
+# ------------------------------------------------------------------------------------------------------------ mirror images
+
+
+class Mirror(nn.Module):
+    """Shows real steps as they might have happened just as well: columns with the other sign, binary ones and actions in each other's place.
+
+    Called with a Replay it returns one in which every episode has its image beside it, or the same where no mirror has been found. It is sought in the
+    first steps, before a policy that goes its own ways has chosen many of them, and once found it is kept.
+    """
+
+    def __init__(self, obs_dim: int, num_actions: int):
+        super().__init__()
+        self.register_buffer("found", torch.tensor(False))
+        self.register_buffer("signs", torch.ones(obs_dim))  # 1 or -1
+        self.register_buffer("columns", torch.arange(obs_dim))
+        self.register_buffer("actions", torch.arange(num_actions))
+
+    def forward(self, replay: Replay, limit: int = 2000) -> Replay:
+        if not self.found and len(replay) <= limit and (found := find_mirror(replay.steps, len(self.actions))):
+            for name, value in zip(("found", "signs", "columns", "actions"), (torch.tensor(True), *found)):
+                getattr(self, name).copy_(value)
+        return replay.beside(self.image(replay.steps)) if self.found else replay
+
+    def image(self, steps: Rollout) -> Rollout:
+        obs, next_obs = ((x * self.signs)[..., self.columns] for x in (steps.obs, steps.next_obs))
+        return steps._replace(obs=obs, next_obs=next_obs, actions=self.actions[steps.actions])
+
+
+def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Signs (O), columns (O) and actions (A) of the mirror in which real steps (T, N) look most like real steps; None if in no mirror they do, or it is
+    not clear in which.
+
+    All signs of columns and all exchanges of actions are tried (Ravindran and Barto, 2001, say what makes one a symmetry). What a step brings is told by a
+    linear model of each action, fitted to the nine tenths that fit it best: in a true mirror it errs about as much as usual, elsewhere many times as much.
+    Of exchanges of binary columns that one is taken for which a linear model tells best what steps and images flip.
+    """
+    obs, actions, rewards, next_obs, terminated, _ = (x.flatten(0, 1).cpu() for x in steps)
+    scale = obs.double().std(0)
+    binary, moves = torch.logical_and(*(((x == 0) | (x == 1)).all(0) for x in (obs, next_obs))), scale > 1e-9
+    numbers, flags = ((moves & kind).nonzero()[:, 0] for kind in (~binary, binary))
+    if not 0 < len(numbers) <= 10 or len(flags) > 4 or num_actions > 5:
+        return None  # there are too many to try
+    obs, next_obs = (x.double() / scale.clamp(min=1e-9) for x in (obs, next_obs))
+    one_hot, ones = torch.eye(num_actions).double(), torch.ones(len(obs), 1).double()
+
+    def inputs(obs, actions):
+        return (one_hot[actions][..., None] * torch.cat([ones, obs], 1)[:, None]).flatten(1)
+
+    def solve(x, y):
+        return torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]).double(), x.T @ y)
+
+    x, y, usual = inputs(obs, actions), torch.cat([(next_obs - obs)[:, numbers], rewards.double()[:, None]], 1), ~terminated
+    y = y * (y.std(0) > 1e-9)
+    for _ in range(4):
+        weights = solve(x[usual], y[usual])
+        error = (x @ weights - y).abs()
+        usual = (error <= error.quantile(0.9, 0)).all(1)
+    least = error.median(0).values + 0.01 * (y - y.median(0).values).abs().median(0).values + 1e-12
+
+    def strangeness(signs, swap):
+        error = inputs(obs * signs, swap[actions]) @ weights - y * torch.cat([signs[numbers], ones[0]])
+        return float((error.abs().median(0).values / least).max())
+
+    def exchanges(number):
+        return [torch.tensor(p, dtype=torch.long) for p in itertools.permutations(range(number)) if all(p[p[i]] == i for i in p)]
+
+    mirrors = []
+    for choice in itertools.product((1.0, -1.0), repeat=len(numbers)):
+        signs = torch.ones_like(scale).index_put((numbers,), torch.tensor(choice).double())
+        mirrors += [(strangeness(signs, swap), signs, swap) for swap in exchanges(num_actions)]
+    strange, signs, swap = min(mirrors[1:], key=lambda mirror: mirror[0])  # the first changes nothing
+    if strange > 2:
+        return None
+
+    before, after = obs[:, flags] > 0, (next_obs[:, flags] > 0).double()
+    flips = (before == before[:, :1]).all(1) & (after != after[:, :1]).any(1)  # of some, where all were the same
+    z, y = torch.cat([ones, obs[:, numbers]], 1)[flips], after[flips]
+    z = torch.cat([z, z * torch.cat([ones[0], signs[numbers]])])
+    errors = []
+    for order in exchanges(len(flags)):
+        both = torch.cat([y, y[:, order]])
+        errors.append((float((z @ solve(z, both) - both).square().sum()), order))
+    (best, order), *others = sorted(errors, key=lambda error: error[0])
+    if others and (len(y) < 8 or best > 0.8 * others[0][0]):
+        return None
+    return signs.float(), torch.arange(len(scale)).index_put((flags,), flags[order]), swap
 
 
 # ------------------------------------------------------------------------------------------------------------ building blocks
