@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import world_model
+from ppo_mbrl import Environments, collect
 from world_model import (
     Autoencoder,
     Dream,
     EnsembleLinear,
     GRUMemory,
+    Mirror,
     ModelSettings,
     NoPotential,
     Normaliser,
@@ -30,6 +34,7 @@ from world_model import (
     direct,
     ensemble_mlp,
     error_curve,
+    find_mirror,
     fit,
     gaussian_error,
     measure,
@@ -671,6 +676,91 @@ def test_a_dream_remembers_its_own_episode_and_nothing_before_it():
             x = torch.cat([replay.steps.obs[k, 0], F.one_hot(replay.steps.actions[k, 0], 2).float()])
             h = torch.stack([textbook_gru(model.memory, e, x, h[e, 0])[None] for e in range(2)])
         torch.testing.assert_close(hidden[:, at], h[:, 0], atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------- mirrors
+
+MIRRORS = {  # from the environments' own equations: signs, columns, actions
+    "LunarLander-v3": ([-1, 1, -1, 1, -1, -1, 1, 1], [0, 1, 2, 3, 4, 5, 7, 6], [0, 3, 2, 1]),
+    "CartPole-v1": ([-1, -1, -1, -1], [0, 1, 2, 3], [1, 0]),
+    "Acrobot-v1": ([1, -1, 1, -1, -1, -1], [0, 1, 2, 3, 4, 5], [2, 1, 0]),
+}
+
+
+def random_steps_of(env_id: str, seed: int, steps: int = 1000) -> tuple[Rollout, int]:
+    env, rng = Environments(env_id, 1, seed), np.random.default_rng(seed)
+    return collect(env, lambda obs: torch.as_tensor(rng.integers(env.num_actions, size=1)), steps), env.num_actions
+
+
+@pytest.mark.parametrize("env_id", MIRRORS)
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_a_mirror_is_found_in_a_thousand_random_steps(env_id, seed):
+    found = find_mirror(*random_steps_of(env_id, seed))
+    assert tuple(x.tolist() for x in found) == MIRRORS[env_id]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_where_left_and_right_differ_no_mirror_is_found(seed):
+    assert find_mirror(*random_steps_of("MountainCar-v0", seed)) is None
+    for env_id, column in (("LunarLander-v3", 2), ("CartPole-v1", 1)):
+        steps, num_actions = random_steps_of(env_id, seed)
+        assert find_mirror(steps._replace(rewards=steps.rewards + 10 * steps.obs[..., column]), num_actions) is None  # one way pays
+        assert find_mirror(steps._replace(next_obs=steps.next_obs + 0.3 * steps.obs.std()), num_actions) is None  # a wind blows
+
+
+def test_no_mirror_is_found_where_it_can_not_be_told():
+    """Too many columns or actions to try, none that moves, or binary columns that nothing tells apart."""
+    steps = random_rollout(200, 1, 3, seed=1)
+    assert find_mirror(random_rollout(200, 1, 11, seed=1), 2) is None and find_mirror(steps, 7) is None
+    assert find_mirror(steps._replace(obs=steps.obs * 0, next_obs=steps.next_obs * 0), 2) is None
+    lander, _ = random_steps_of("LunarLander-v3", 0, 300)
+    assert find_mirror(lander, 4) is None  # hardly a leg has touched the ground
+
+
+def test_the_mirror_image_of_a_real_episode_is_a_real_episode():
+    """Against the environment: the images of actions lead from the images of observations to the images of the next."""
+    steps, _ = random_steps_of("CartPole-v1", 5)
+    mirror, env = Mirror(4, 2), CartPoleEnv()
+    mirror(filled(steps))
+    image = mirror.image(steps)
+    for t in range(300):
+        env.reset(seed=0)
+        env.state = image.obs[t, 0].double().numpy()
+        next_obs, reward, terminated, *_ = env.step(int(image.actions[t, 0]))
+        np.testing.assert_allclose(next_obs, image.next_obs[t, 0], atol=1e-5)
+        assert reward == image.rewards[t, 0] and terminated == image.terminated[t, 0]
+    twice = mirror.image(image)
+    assert all(torch.equal(x, y) for x, y in zip(twice, steps)) and not torch.equal(image.obs, steps.obs)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_every_episode_has_its_image_beside_it_once_a_mirror_is_found_and_kept(known, monkeypatch):
+    rollout, asked = random_rollout(300, 2, 3, seed=4), []
+    found = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([2, 1, 0]), torch.tensor([1, 0])
+    monkeypatch.setattr(
+        world_model, "find_mirror", lambda steps, number: asked.append((len(steps.obs), number)) or (found if known else None)
+    )
+    mirror, replay = Mirror(3, 2), filled(rollout, holdout=3, newest=250)
+    both = mirror(replay)
+    again = mirror(replay)
+    if not known:
+        assert both is replay and again is replay and asked == [(300, 2)] * 2
+        assert mirror(replay, limit=599) is replay and len(asked) == 2  # by then the policy has had its way
+        return
+    assert asked == [(300, 2)] and both.newest == 250 and both.holdout == 3
+    copy = Mirror(3, 2)
+    copy.load_state_dict(mirror.state_dict())
+    for seen in (both, again, copy(replay)):
+        steps = seen.steps
+        for now, then in zip((*steps, seen.age, seen.held_out), (*replay.steps, replay.age, replay.held_out)):
+            assert torch.equal(now[:, :2], then)
+        assert torch.equal(seen.age[:, 2:], replay.age) and torch.equal(seen.held_out[:, 2:], replay.held_out)
+        for name in ("obs", "next_obs"):
+            a, b, c = getattr(rollout, name).unbind(-1)
+            assert torch.equal(getattr(steps, name)[:, 2:], torch.stack([c, -b, a], -1))
+        assert torch.equal(steps.actions[:, 2:], 1 - rollout.actions)
+        for name in ("rewards", "terminated", "truncated"):
+            assert torch.equal(getattr(steps, name)[:, 2:], getattr(rollout, name))
 
 
 # ------------------------------------------------------------------------------------------------- endings and autoencoder
