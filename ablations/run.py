@@ -109,8 +109,10 @@ class Job(NamedTuple):
         return self.folder.parent.as_posix()
 
 
-# What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen.
-SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean")
+# What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen, and what has
+# become a default only since their rows were made.
+THEN = dict(mirror=False)
+SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean") | THEN
 
 # A smoke run is over within a minute on one core.
 SMOKE = dict(

@@ -4,11 +4,13 @@ Both methods run at half of their default length, twice as long as the median ru
 nothing but the seed; in the two others each of twenty seeds also draws five settings that both methods have, uniformly on a logarithmic scale, from a
 box of a factor of two either way around their defaults: what these show is sensitivity to seed and settings together.
 
+Dreams have the settings that were the defaults when the rows were made.
+
     python ablations/sensitivity.py --seeds 0-19 --jobs 2
 """
 
 import numpy as np
-from run import More, Study, run_study
+from run import THEN, More, Study, run_study
 
 PPO = dict(lr=3e-4, minibatch=64, epochs=4, entropy_coef=0.01, clip=0.2)
 DREAMS = dict(lr=1e-3, minibatch=2048, epochs=4, entropy_coef=0.003, clip=0.2)
@@ -24,7 +26,7 @@ def drawn(defaults: dict):
     return draw
 
 
-SIMPLE, MODEL_FREE = dict(mode="simple", total_steps=10_000), dict(mode="ppo", total_steps=500_000)
+SIMPLE, MODEL_FREE = dict(mode="simple", total_steps=10_000) | THEN, dict(mode="ppo", total_steps=500_000)
 
 STUDY = Study(
     name="sensitivity",
