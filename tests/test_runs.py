@@ -264,6 +264,25 @@ def fates(ended: float, ago: list, well: list, rates: tuple):
     )
 
 
+@pytest.mark.parametrize("mirror", [True, False])
+def test_real_steps_are_learned_from_beside_their_images_and_counted_once(mirror, tmp_path, monkeypatch):
+    in_brief(monkeypatch)
+    learned = {}
+    for name, at in dict(fit=2, measure=1, Dream=1, real_returns=1).items():
+        original = getattr(ppo_mbrl, name)
+
+        def told(*given, name=name, original=original, at=at):
+            learned.setdefault(name, []).append(tuple(given[at].age.shape))
+            return original(*given)
+
+        monkeypatch.setattr(ppo_mbrl, name, told)
+    assert train(tmp_path, warmup_steps=300, total_steps=360, mirror=mirror) == 0
+    assert [row["real_steps"] for row in rows_of(tmp_path)] == [0, 300, 330, 360]
+    shapes = [(300, 1 + mirror), (330, 1 + mirror), (360, 1 + mirror)]
+    assert learned["fit"] == learned["measure"] == learned["Dream"] == shapes
+    assert learned["real_returns"] == [shapes[0]] * 3 + shapes[1:]  # three rounds for an agent that begins
+
+
 @pytest.mark.parametrize("grounding", [0.0, 0.7])
 def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, monkeypatch):
     ended = torch.tensor([[False], [True], [True]])
