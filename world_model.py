@@ -321,8 +321,8 @@ def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tenso
     def inputs(obs, actions):
         return (one_hot[actions][..., None] * torch.cat([ones, obs], 1)[:, None]).flatten(1)
 
-    def solve(x, y):
-        return torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1]).double(), x.T @ y)
+    def solve(x, y, ridge=0.1):
+        return torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).double(), x.T @ y)
 
     x, y, usual = inputs(obs, actions), torch.cat([(next_obs - obs)[:, numbers], rewards.double()[:, None]], 1), ~terminated
     y = y * (y.std(0) > 1e-9)
@@ -350,14 +350,14 @@ def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tenso
 
     before, after = obs[:, flags] > 0, (next_obs[:, flags] > 0).double()
     flips = (before == before[:, :1]).all(1) & (after != after[:, :1]).any(1)  # of some, where all were the same
-    z, y = torch.cat([ones, obs[:, numbers]], 1)[flips], after[flips]
-    z = torch.cat([z, z * torch.cat([ones[0], signs[numbers]])])
-    errors = []
+    y, unit = after[flips], torch.cat([ones[0], signs[numbers], signs[numbers]])
+    z = torch.cat([ones, obs[:, numbers], next_obs[:, numbers]], 1)[flips]
+    z, errors = torch.cat([z, z * unit]), []
     for order in exchanges(len(flags)):
         both = torch.cat([y, y[:, order]])
-        errors.append((float((z @ solve(z, both) - both).square().sum()), order))
+        errors.append((float((z @ solve(z, both, 1.0) - both).square().sum()), order))
     (best, order), *others = sorted(errors, key=lambda error: error[0])
-    if others and (len(y) < 9 or best > 0.8 * others[0][0]):
+    if others and (y.sum(0).min() < 2 or best > 0.8 * others[0][0]):
         return None
     return signs.float(), torch.arange(len(scale)).index_put((flags,), flags[order]), swap
 
