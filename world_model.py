@@ -273,6 +273,11 @@ def quantiles(x: Tensor, *q: float) -> list[Tensor]:
     return [ranked[round(p * (len(ranked) - 1))] for p in q]
 
 
+def binary_columns(*obs: Tensor) -> Tensor:
+    """(..., O) each -> (O): which columns only ever hold 0 and 1."""
+    return torch.stack([((x == 0) | (x == 1)).flatten(0, -2).all(0) for x in obs]).all(0)
+
+
 # ------------------------------------------------------------------------------------------------------------ mirror images
 
 
@@ -292,8 +297,7 @@ class Mirror(nn.Module):
 
     def forward(self, replay: Replay, limit: int = 2000) -> Replay:
         if not self.found and len(replay) <= limit and (found := find_mirror(replay.steps, len(self.actions))):
-            for name, value in zip(("found", "signs", "columns", "actions"), (torch.tensor(True), *found)):
-                getattr(self, name).copy_(value)
+            self.load_state_dict(dict(zip(self.state_dict(), (torch.tensor(True), *found))))
         return replay.beside(self.image(replay.steps)) if self.found else replay
 
     def image(self, steps: Rollout) -> Rollout:
@@ -311,7 +315,7 @@ def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tenso
     """
     obs, actions, rewards, next_obs, terminated, _ = (x.flatten(0, 1).cpu() for x in steps)
     scale = obs.double().std(0)
-    binary, moves = torch.logical_and(*(((x == 0) | (x == 1)).all(0) for x in (obs, next_obs))), scale > 1e-9
+    binary, moves = binary_columns(obs, next_obs), scale > 1e-9
     numbers, flags = ((moves & kind).nonzero()[:, 0] for kind in (~binary, binary))
     if not len(numbers) or 2 ** len(numbers) * math.factorial(num_actions) > 2000 or len(flags) > 4:
         return None  # there are too many to try
@@ -340,10 +344,10 @@ def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tenso
     def exchanges(number):
         return [torch.tensor(p, dtype=torch.long) for p in itertools.permutations(range(number)) if all(p[p[i]] == i for i in p)]
 
-    mirrors = []
+    mirrors, swaps = [], exchanges(num_actions)
     for choice in itertools.product((1.0, -1.0), repeat=len(numbers)):
         signs = torch.ones_like(scale).index_put((numbers,), torch.tensor(choice).double())
-        mirrors += [(strangeness(signs, swap), signs, swap) for swap in exchanges(num_actions)]
+        mirrors += [(strangeness(signs, swap), signs, swap) for swap in swaps]
     strange, signs, swap = min(mirrors[1:], key=lambda mirror: mirror[0])  # the first changes nothing
     if strange > 1.5:
         return None
@@ -621,7 +625,7 @@ class WorldModel(nn.Module):
         """Takes scales from the fitted episodes (of observations from every k-th step, 100,000 or so), ranges and binary columns from all. Weights stay."""
         both, thinned = (replay.steps.obs, replay.steps.next_obs), slice(None, None, 1 + len(replay) // 100_000)
         obs, next_obs = (x[thinned][~replay.held_out[thinned]] for x in both)
-        self.binary.copy_(torch.logical_and(*(((x == 0) | (x == 1)).all(0).all(0) for x in both)) & self.find_binary)
+        self.binary.copy_(binary_columns(*both) & self.find_binary)
         self.obs_scale.fit(obs, keep=self.binary)
         self.change_scale.fit(next_obs - obs, keep=self.binary)
         self.slope.copy_((self.obs_scale.std / self.change_scale.std).median())
