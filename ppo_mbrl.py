@@ -12,7 +12,6 @@ Shapes: T time, N environments or dreams, O observation, A actions, B minibatch.
 """
 
 import contextlib
-import copy
 import difflib
 import fcntl
 import functools
@@ -92,7 +91,7 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
+    num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
@@ -103,7 +102,7 @@ class Settings(ModelSettings):
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
-    minibatch: int = setting(1024, "Steps in a minibatch; advantages are normalised in it.", 2, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(2048, "Steps in a minibatch; advantages are normalised in it.", 2, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
     entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
@@ -113,7 +112,7 @@ class Settings(ModelSettings):
     hidden: int = setting(64, "Width of the two hidden layers of actor and critic.", 1, 10_000, "PPO")
 
     rounds: int = setting(5, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
-    dreams: int = setting(100, "Dreams side by side.", 1, 10**7, "Dreams")
+    dreams: int = setting(200, "Dreams side by side.", 1, 10**7, "Dreams")
     dream_steps: int = setting(120, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
@@ -121,13 +120,12 @@ class Settings(ModelSettings):
     caution: bool = setting(True, "Scale the negative reward of an imagined ending by the larger of two shares: of recent real steps whose episode ended, and of good ones among the latest endings. --no-caution: charge it in full.", panel="Dreams")
     renew_growth: float = setting(0.5, "Each time the data has grown by this share, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
     reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
-    reset_updates: int = setting(2000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
-    reset_rounds: int = setting(40, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
-    trial: bool = setting(True, "An agent that ended two of its latest three greedy real episodes well stays the one that is evaluated and saved until a new one has done so in its first three; if that fails in two, it comes back.", panel="Dreams")
+    reset_updates: int = setting(3000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
+    reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "Discount towards which --gamma moves as real episodes end well, or do not end.", 0, 1, "Dreams")
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
-    mirror: bool = setting(True, "Learn from the mirror image of each real step as well, and act alike in both, if the first real steps show that there is a mirror.", panel="Dreams")
+    mirror: bool = setting(True, "Learn from the mirror image of each real step as well, if the first real steps show that there is one.", panel="Dreams")
     realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
@@ -281,24 +279,17 @@ def mlp(size_in: int, hidden: int, size_out: int, last_gain: float) -> nn.Sequen
 
 
 class Agent(nn.Module):
-    """A stochastic policy and a value function over the same observation. Dreams' agents normalise it, by the scales of the model's first fit.
-
-    Where a mirror is known, both are the mean of what the networks say of the observation and of its image, so that an agent does on the left what it
-    does on the right (an equivariant policy: van der Pol et al., 2020).
-    """
+    """A stochastic policy and a value function over the same observation. Dreams' agents normalise it, by the scales of the model's first fit."""
 
     def __init__(self, obs_dim: int, num_actions: int, hidden: int):
         super().__init__()
-        self.normaliser, self.mirror = Normaliser(obs_dim), Mirror(obs_dim, num_actions)
+        self.normaliser = Normaliser(obs_dim)
         self.actor = mlp(obs_dim, hidden, num_actions, last_gain=0.01)
         self.critic = mlp(obs_dim, hidden, 1, last_gain=1.0)
 
     def logits(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """(..., O) -> (..., A)."""
-        logits = self.actor(self.normaliser(obs))
-        if self.mirror.found:
-            logits = (logits + self.actor(self.normaliser(self.mirror(obs)))[..., self.mirror.actions]) / 2
-        return logits / temperature
+        return self.actor(self.normaliser(obs)) / temperature
 
     def logprobs(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """(..., O) -> log-probabilities of all actions (..., A)."""
@@ -306,10 +297,7 @@ class Agent(nn.Module):
 
     def value(self, obs: Tensor) -> Tensor:
         """(..., O) -> (...)."""
-        value = self.critic(self.normaliser(obs)).squeeze(-1)
-        if self.mirror.found:
-            value = (value + self.critic(self.normaliser(self.mirror(obs))).squeeze(-1)) / 2
-        return value
+        return self.critic(self.normaliser(obs)).squeeze(-1)
 
     @torch.inference_mode()
     def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -454,23 +442,21 @@ def train_ppo(run: "Run"):
 def train_simple(run: "Run"):
     """SimPLe (Kaiser et al., 2020, Algorithm 1): gather, fit, improve the policy in dreams, repeat."""
     s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed, run.settings.gather_limit)
-    agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)  # who learns and acts
-    policy, trial = copy.deepcopy(agent), Trial(s)  # who is trusted: the same, but while a new agent is on trial
+    agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
     wm_optimizer = torch.optim.AdamW([flatten(model)], lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
-    replay, scale = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device), ReturnScale(s.num_envs, s.good_gamma)
-    parts = dict(agent=agent, policy=policy, trial=trial, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer)
-    parts |= dict(replay=replay, scale=scale, env=env)
-    run.begin(policy.greedy, policy=policy, parts=parts)
+    replay, mirror = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device), Mirror(env.obs_dim, env.num_actions).to(s.device)
+    scale = ReturnScale(s.num_envs, s.good_gamma)
+    parts = dict(
+        agent=agent, optimizer=optimizer, model=model, wm_optimizer=wm_optimizer, replay=replay, mirror=mirror, scale=scale, env=env
+    )
+    run.begin(agent.greedy, policy=agent, parts=parts)
 
     while run.goes_on():  # line 2: while not done
         run.phase("gathering")  # lines 3 and 4: collect observations from the real environment
         rollout = gather(run, env, Explorer(agent, env, s), replay)
         scale.update(rollout)
-        failed = trial.judge(replay, run.real_steps)
-        if failed:
-            renew(optimizer, policy)
         schedule = Schedule.of(replay, s)
         late = 0 < s.reset_from <= run.real_steps
         stuck = not late and schedule.stuck and run.grown(s.renew_growth, s.warmup_steps * (1 + s.renew_growth))  # the agent begins anew
@@ -478,22 +464,16 @@ def train_simple(run: "Run"):
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
-        if s.mirror:
-            agent.mirror.seek(replay, limit=2 * s.warmup_steps)
-        both = agent.mirror.both(replay)
+        both = mirror(replay) if s.mirror else replay
         log = learn(run, model, wm_optimizer, both, anew=reset)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
-            trial.begin(replay, run.real_steps)
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
         rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, both, scale, schedule, rounds)
-        if not trial.on:
-            policy.load_state_dict(agent.state_dict())
-        told = {"wm/anew": int(reset), "dream/anew": int(stuck or reset), "dream/trial": int(trial.on), "dream/back": int(failed)}
-        run.end_iteration(log | told)
+        run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
 
 def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, anew: bool = False) -> dict:
@@ -550,43 +530,6 @@ def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):
     (weights,) = optimizer.param_groups[0]["params"]
     weights.data.copy_(nn.utils.parameters_to_vector(fresh.parameters()))
     optimizer.state.clear()
-
-
-class Trial:
-    """Whether a new agent is on trial, and since which real step the one that acts has been acting.
-
-    Most new agents become better than those they replace, but some are much worse. So one that did well in two of its latest three greedy episodes
-    stays the policy that is evaluated and saved until the new one has done well in two of its first three. If that one fails in two, the one before
-    comes back.
-    """
-
-    def __init__(self, s: Settings):
-        self.on, self.since, self.back, self.s = False, 0, False, s
-
-    def own(self, replay: Replay) -> Tensor:
-        """(K) bool: which of the greedy episodes that the agent itself began ended well."""
-        well, number = replay.ended_well(self.since)
-        return well[is_greedy(number, self.s.gather_greedy)]
-
-    def begin(self, replay: Replay, real_steps: int):
-        latest = self.own(replay)[-3:]
-        did_well = int(latest.sum()) >= 2 or self.back and len(latest) < 3  # who has just come back need not do well again
-        self.on, self.since, self.back = self.on or self.s.trial and did_well, real_steps, False
-
-    def judge(self, replay: Replay, real_steps: int) -> bool:
-        """Ends the trial if it is decided. Returns whether the new agent has failed."""
-        first = self.own(replay)[:3]
-        failed = self.on and int((~first).sum()) >= 2
-        self.on = self.on and not failed and int(first.sum()) < 2
-        if failed:
-            self.since, self.back = real_steps, True
-        return failed
-
-    def state_dict(self) -> dict:
-        return dict(on=self.on, since=self.since, back=self.back)
-
-    def load_state_dict(self, state: dict):
-        vars(self).update(state)
 
 
 def dream_and_improve(
@@ -647,11 +590,6 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
     return rollout
 
 
-def is_greedy(episode: Tensor, share: float) -> Tensor:
-    """Which of the episodes, numbered from 1 in each environment, are greedy: this share of them, evenly spaced."""
-    return (share * episode).floor() > (share * (episode - 1)).floor()
-
-
 class Explorer:
     """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
 
@@ -666,7 +604,7 @@ class Explorer:
     def __call__(self, obs: Tensor) -> Tensor:
         """(N, O) -> actions (N)."""
         s, episode, (N,) = self.s, self.env.episode, self.left.shape
-        greedy = is_greedy(episode, s.gather_greedy)
+        greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
         obs = obs.to(s.device)
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
         if s.held_from == math.inf:
@@ -1295,7 +1233,7 @@ def load_policy(run_dir: Path, env_id: str | None = None):
     policy = WorldModel(*sizes, settings) if settings.mode == "mpc" else Agent(*sizes, settings.hidden)
     try:
         missing, unexpected = policy.load_state_dict(tensors, strict=False)
-        if unexpected or any(not name.startswith(("critic", "mirror")) for name in missing):
+        if unexpected or any(not name.startswith("critic") for name in missing):
             raise RuntimeError("tensors are missing or unknown")
     except RuntimeError as error:
         raise UsageError(f"The policy in {run_dir} does not fit its settings: {str(error).splitlines()[-1].strip()}")

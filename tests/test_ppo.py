@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import types
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import ppo_mbrl
 from ppo_mbrl import (
@@ -20,7 +18,6 @@ from ppo_mbrl import (
     Explorer,
     ReturnScale,
     Settings,
-    Trial,
     compute_gae,
     fates,
     outcome,
@@ -221,29 +218,6 @@ def test_actions_are_drawn_with_the_probabilities_of_the_policy(temperature):
     share = torch.bincount(agent.act(obs.expand(number, 3), temperature), minlength=4) / number
     assert ((share - p).abs() < 5 * (p * (1 - p) / number).sqrt() + 1e-4).all(), (share, p)
     assert agent.greedy(obs).item() == int(logits.argmax())
-
-
-def test_where_a_mirror_is_known_an_agent_does_on_the_left_what_it_does_on_the_right():
-    """Against the two networks, asked one observation at a time."""
-    torch.manual_seed(0)
-    agent, image = Agent(3, 4, 8), lambda o: torch.stack([-o[2], o[1], -o[0]])
-    nn.init.normal_(agent.actor[4].weight)
-    agent.normaliser.fit(torch.randn(50, 3) + 1)
-    obs = torch.randn(6, 3)
-    plain = agent.logits(obs, 2.0)
-    agent.mirror.set_extra_state(torch.tensor(True))
-    agent.mirror.signs.copy_(torch.tensor([-1.0, 1.0, -1.0])), agent.mirror.columns.copy_(torch.tensor([2, 1, 0]))
-    agent.mirror.actions.copy_(torch.tensor([0, 3, 2, 1]))
-    for i, o in enumerate(obs):
-        here, there = agent.normaliser(o), agent.normaliser(image(o))
-        expected = [(agent.actor(here)[a] + agent.actor(there)[b]) / 2 / 2.0 for a, b in enumerate([0, 3, 2, 1])]
-        torch.testing.assert_close(agent.logits(obs, 2.0)[i], torch.stack(expected))
-        torch.testing.assert_close(agent.value(obs)[i], (agent.critic(here) + agent.critic(there))[0] / 2)
-    images = torch.stack([image(o) for o in obs])
-    assert agent.greedy(images).tolist() == [[0, 3, 2, 1][a] for a in agent.greedy(obs)]
-    copy = Agent(3, 4, 8)
-    copy.load_state_dict(agent.state_dict())
-    assert torch.equal(copy.logits(obs), agent.logits(obs)) and not torch.allclose(agent.logits(obs, 2.0), plain, atol=0.1)
 
 
 def test_rewards_are_divided_by_the_spread_of_the_discounted_return():
@@ -552,7 +526,7 @@ def test_real_steps_move_the_critic_and_not_the_policy():
 # ---------------------------------------------------------------------------------------------------------------- beginning anew
 
 
-def test_an_agent_that_begins_anew_keeps_nothing_but_its_normaliser_and_its_mirror():
+def test_an_agent_that_begins_anew_keeps_nothing_but_its_normaliser():
     torch.manual_seed(0)
     agent = Agent(2, 3, 8)
     agent.normaliser.fit(torch.randn(9, 2))
@@ -563,61 +537,8 @@ def test_an_agent_that_begins_anew_keeps_nothing_but_its_normaliser_and_its_mirr
     renew(optimizer, Agent(2, 3, 8))
     after = agent.state_dict()
     assert not optimizer.state
-    assert all(
-        torch.equal(before[name], after[name]) == name.startswith(("normaliser", "mirror")) for name in before if not name.endswith("bias")
-    )
+    assert all(torch.equal(before[name], after[name]) == name.startswith("normaliser") for name in before if not name.endswith("bias"))
     assert all(not after[name].any() for name in before if name.endswith("bias"))  # as at the very beginning
     agent.value(torch.ones(5, 2)).sum().backward()
     optimizer.step()
     assert torch.equal(torch.cat([p.flatten() for p in agent.parameters()]), optimizer.param_groups[0]["params"][0])  # still one vector
-
-
-# --------------------------------------------------------------------------------------------------------------------- on trial
-
-
-def own(fates: str):
-    """Stands in for a replay of the acting agent's episodes: G for a good ending, x for another; in lower case where the episode was not greedy."""
-    well, number = [fate in "Gg" for fate in fates], [4 if fate in "GX" else 1 for fate in fates]  # of --gather-greedy 0.75
-    return types.SimpleNamespace(ended_well=lambda since: (torch.tensor(well, dtype=torch.bool), torch.tensor(number)))
-
-
-@pytest.mark.parametrize(
-    "before, on", [("", False), ("G", False), ("GGXX", False), ("XGGX", True), ("gggX", False), ("GG", True), ("GxxGx", True)]
-)
-def test_a_new_agent_is_on_trial_if_the_one_before_did_well_of_late(before, on):
-    trial = Trial(Settings(gather_greedy=0.75))
-    trial.begin(own(before), 700)
-    assert trial.state_dict() == dict(on=on, since=700, back=False)
-    never = Trial(Settings(trial=False))
-    never.begin(own(before), 700)
-    assert never.state_dict() == dict(on=False, since=700, back=False)
-    trial.begin(own("X"), 900)  # the next new agent begins before the trial is over
-    assert trial.state_dict() == dict(on=on, since=900, back=False)
-
-
-@pytest.mark.parametrize(
-    "after, verdict",
-    [
-        ("", None),
-        ("G", None),
-        ("XG", None),
-        ("xxgg", None),
-        ("GG", "good"),
-        ("XGG", "good"),
-        ("XX", "bad"),
-        ("XGX", "bad"),
-        ("GxGXX", "good"),
-    ],
-)
-def test_two_of_three_greedy_episodes_decide(after, verdict):
-    trial = Trial(Settings(gather_greedy=0.75))
-    assert not trial.judge(own(after), 800) and not trial.on and trial.since == 0  # nobody is on trial
-    trial.load_state_dict(dict(on=True, since=700, back=False))
-    assert trial.judge(own(after), 800) == (verdict == "bad")
-    bad = verdict == "bad"
-    assert trial.state_dict() == dict(on=verdict is None, since=800 if bad else 700, back=bad)
-    if bad:  # who has come back is trusted until three episodes more say otherwise
-        for since, more, on in ((900, "X", True), (1000, "XXX", False)):
-            trial.load_state_dict(dict(on=False, since=800, back=True))
-            trial.begin(own(more), since)
-            assert trial.state_dict() == dict(on=on, since=since, back=False)
