@@ -464,7 +464,7 @@ def train_simple(run: "Run"):
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
-        both = mirror(replay) if s.mirror else replay
+        both = mirror(replay, limit=2 * s.warmup_steps) if s.mirror else replay
         log = learn(run, model, wm_optimizer, both, anew=reset)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())

@@ -295,7 +295,8 @@ class Mirror(nn.Module):
         self.register_buffer("columns", torch.arange(obs_dim))
         self.register_buffer("actions", torch.arange(num_actions))
 
-    def forward(self, replay: Replay, limit: int = 2000) -> Replay:
+    def forward(self, replay: Replay, limit: int) -> Replay:
+        """Looks for a mirror as long as there are no more than `limit` real steps."""
         if not self.found and len(replay) <= limit and (found := find_mirror(replay.steps, len(self.actions))):
             self.load_state_dict(dict(zip(self.state_dict(), (torch.tensor(True), *found))))
         return replay.beside(self.image(replay.steps)) if self.found else replay
@@ -306,64 +307,76 @@ class Mirror(nn.Module):
 
 
 def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Signs (O), columns (O) and actions (A) of the mirror in which real steps (T, N) look most like real steps; None if in no mirror they do, or it is
-    not clear in which.
+    """Signs (O), columns (O) and actions (A) of the mirror in which real steps (T, N) look most like real steps; None if in no mirror they do, it is not
+    clear in which, or there are too many to try (what makes one a symmetry: Ravindran and Barto, 2001).
 
-    All signs of columns and all exchanges of actions are tried (what makes one a symmetry: Ravindran and Barto, 2001). What a step brings is told by a
-    linear model of each action, fitted to the nine tenths that fit it best: in a true mirror it errs about as much as usual, in any other half as much
-    again or more somewhere. Of exchanges of binary columns that one is taken for which a linear model tells best what steps and their images flip.
+    A difference that random steps hardly show, such as a goal on one side out of their reach, is not seen.
     """
     obs, actions, rewards, next_obs, terminated, _ = (x.flatten(0, 1).cpu() for x in steps)
-    scale = obs.double().std(0)
-    binary, moves = binary_columns(obs, next_obs), scale > 1e-9
-    numbers, flags = ((moves & kind).nonzero()[:, 0] for kind in (~binary, binary))
-    if not len(numbers) or 2 ** len(numbers) * math.factorial(num_actions) > 2000 or len(flags) > 4:
-        return None  # there are too many to try
-    obs, next_obs = (x.double() / scale.clamp(min=1e-9) for x in (obs, next_obs))
+    scale, binary = obs.double().std(0), binary_columns(obs, next_obs)
+    numbers, flags = (kind.nonzero()[:, 0] for kind in (~binary & (scale > 1e-9), binary))
+    if not len(numbers) or num_actions > 6 or 2 ** len(numbers) * math.factorial(num_actions) > 2000 or len(flags) > 4:
+        return None
+    here, there = (x[:, numbers].double() / scale[numbers] for x in (obs, next_obs))
+    mirror = mirror_of_numbers(here, actions, torch.cat([there - here, rewards.double()[:, None]], 1), ~terminated, num_actions)
+    if mirror is None:
+        return None
+    some, swap = mirror
+    order = exchange_of_flags(obs[:, flags] > 0, next_obs[:, flags] > 0, torch.cat([here, there], 1), torch.cat([some, some]))
+    if order is None:
+        return None
+    signs = torch.ones(len(scale)).index_put((numbers,), some.float())
+    return signs, torch.arange(len(scale)).index_put((flags,), flags[order]), swap
+
+
+def ridge(x: Tensor, y: Tensor, weight: float) -> Tensor:
+    return torch.linalg.solve(x.T @ x + weight * torch.eye(x.shape[1]).double(), x.T @ y)
+
+
+def exchanges(number: int) -> list[Tensor]:
+    """All ways to exchange some of so many things in pairs, the first of which exchanges none."""
+    return [torch.tensor(p, dtype=torch.long) for p in itertools.permutations(range(number)) if all(p[p[i]] == i for i in p)]
+
+
+def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: float = 1.5) -> tuple[Tensor, Tensor] | None:
+    """The signs (M) of obs (K, M) and the exchange (A) of actions (K) under which the targets (K, M + 1), changes and reward, still follow.
+
+    They are told by a linear model of each action, fitted to those of the `usual` steps (K) that fit it best, nine tenths for each target. In a true
+    mirror its median error is about the usual one, in any other that of some target is half as large again or more: `limit` is between the two.
+    """
     one_hot, ones = torch.eye(num_actions).double(), torch.ones(len(obs), 1).double()
-
-    def inputs(obs, actions):
-        return (one_hot[actions][..., None] * torch.cat([ones, obs], 1)[:, None]).flatten(1)
-
-    def solve(x, y, ridge=0.1):
-        return torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).double(), x.T @ y)
-
-    x, y, usual = inputs(obs, actions), torch.cat([(next_obs - obs)[:, numbers], rewards.double()[:, None]], 1), ~terminated
-    y = y * (y.std(0) > 1e-9)
+    inputs = lambda obs, actions: (one_hot[actions][..., None] * torch.cat([ones, obs], 1)[:, None]).flatten(1)  # noqa: E731
+    x, y = inputs(obs, actions), targets * (targets.std(0) > 1e-9)
     for _ in range(4):
-        weights = solve(x[usual], y[usual])
+        weights = ridge(x[usual], y[usual], 0.1)
         error = (x @ weights - y).abs()
         usual = (error <= error.quantile(0.9, 0)).all(1)
     least = error.median(0).values + 0.01 * (y - y.median(0).values).abs().median(0).values + 1e-12
     least[-1] *= 2  # rewards are the least linear
 
     def strangeness(signs, swap):
-        error = inputs(obs * signs, swap[actions]) @ weights - y * torch.cat([signs[numbers], ones[0]])
+        error = inputs(obs * signs, swap[actions]) @ weights - y * torch.cat([signs, ones[0]])
         return float((error.abs().median(0).values / least).max())
 
-    def exchanges(number):
-        return [torch.tensor(p, dtype=torch.long) for p in itertools.permutations(range(number)) if all(p[p[i]] == i for i in p)]
+    every = [torch.tensor(signs).double() for signs in itertools.product((1.0, -1.0), repeat=obs.shape[1])]
+    mirrors = [(strangeness(signs, swap), signs, swap) for signs in every for swap in exchanges(num_actions)][
+        1:
+    ]  # the first changes nothing
+    best, second = sorted(mirrors, key=lambda mirror: mirror[0])[:2] if len(mirrors) > 1 else (*mirrors, (math.inf,))
+    return best[1:] if best[0] <= limit < second[0] else None
 
-    mirrors, swaps = [], exchanges(num_actions)
-    for choice in itertools.product((1.0, -1.0), repeat=len(numbers)):
-        signs = torch.ones_like(scale).index_put((numbers,), torch.tensor(choice).double())
-        mirrors += [(strangeness(signs, swap), signs, swap) for swap in swaps]
-    strange, signs, swap = min(mirrors[1:], key=lambda mirror: mirror[0])  # the first changes nothing
-    if strange > 1.5:
-        return None
 
-    before, after = obs[:, flags] > 0, (next_obs[:, flags] > 0).double()
-    flips = (before == before[:, :1]).all(1) & (after != after[:, :1]).any(1)  # of some, where all were the same
-    y, unit = after[flips], torch.cat([ones[0], signs[numbers], signs[numbers]])
-    z = torch.cat([ones, obs[:, numbers], next_obs[:, numbers]], 1)[flips]
-    z, errors = torch.cat([z, z * unit]), []
-    for order in exchanges(len(flags)):
+def exchange_of_flags(before, after, numbers, signs) -> Tensor | None:
+    """The order (B) in which the mirror shows binary columns, before and after each step (K, B), whose numbers at both ends are (K, 2M) and mirrored by
+    `signs` (2M): that for which a linear model tells best what steps and their images flip, where they flip some of flags that were the same."""
+    flips = (before == before[:, :1]).all(1) & (after != after[:, :1]).any(1)
+    y, z = after[flips].double(), torch.cat([torch.ones(len(numbers), 1).double(), numbers], 1)[flips]
+    z, errors = torch.cat([z, z * torch.cat([torch.ones(1).double(), signs])]), []
+    for order in exchanges(before.shape[1]):
         both = torch.cat([y, y[:, order]])
-        errors.append((float((z @ solve(z, both, 1.0) - both).square().sum()), order))
+        errors.append((float((z @ ridge(z, both, 1.0) - both).square().sum()), order))
     (best, order), *others = sorted(errors, key=lambda error: error[0])
-    if others and (y.sum(0).min() < 2 or best > 0.8 * others[0][0]):
-        return None
-    return signs.float(), torch.arange(len(scale)).index_put((flags,), flags[order]), swap
+    return None if others and (y.sum(0).min() < 2 or best > 0.8 * others[0][0]) else order
 
 
 # ------------------------------------------------------------------------------------------------------------ building blocks

@@ -709,19 +709,23 @@ def test_where_left_and_right_differ_no_mirror_is_found(seed):
 
 
 def test_no_mirror_is_found_where_it_can_not_be_told():
-    """Too many columns or actions to try, none that moves, or binary columns that nothing tells apart."""
+    """Too many columns or actions to try, none that moves, binary columns that nothing tells apart, numbers that are none."""
     steps = random_rollout(200, 1, 3, seed=1)
     assert find_mirror(random_rollout(200, 1, 11, seed=1), 2) is None and find_mirror(steps, 7) is None
     assert find_mirror(steps._replace(obs=steps.obs * 0, next_obs=steps.next_obs * 0), 2) is None
     lander, _ = random_steps_of("LunarLander-v3", 0, 300)
     assert find_mirror(lander, 4) is None  # hardly a leg has touched the ground
+    lander, _ = random_steps_of("LunarLander-v3", 0)
+    one_leg = torch.tensor([1.0] * 7 + [0.0])  # the other has not touched at all
+    assert find_mirror(lander, 4) and find_mirror(lander._replace(obs=lander.obs * one_leg, next_obs=lander.next_obs * one_leg), 4) is None
+    assert find_mirror(lander._replace(rewards=lander.rewards.index_fill(0, torch.tensor([7]), math.nan)), 4) is None
 
 
 def test_the_mirror_image_of_a_real_episode_is_a_real_episode():
     """Against the environment: the images of actions lead from the images of observations to the images of the next."""
     steps, _ = random_steps_of("CartPole-v1", 5)
     mirror, env = Mirror(4, 2), CartPoleEnv()
-    mirror(filled(steps))
+    mirror(filled(steps), limit=2000)
     image = mirror.image(steps)
     for t in range(300):
         env.reset(seed=0)
@@ -741,8 +745,8 @@ def test_every_episode_has_its_image_beside_it_once_a_mirror_is_found_and_kept(k
         world_model, "find_mirror", lambda steps, number: asked.append((len(steps.obs), number)) or (found if known else None)
     )
     mirror, replay = Mirror(3, 2), filled(rollout, holdout=3, newest=250)
-    both = mirror(replay)
-    again = mirror(replay)
+    both = mirror(replay, limit=600)
+    again = mirror(replay, limit=600)
     if not known:
         assert both is replay and again is replay and asked == [(300, 2)] * 2
         assert mirror(replay, limit=599) is replay and len(asked) == 2  # by then the policy has had its way
@@ -750,7 +754,7 @@ def test_every_episode_has_its_image_beside_it_once_a_mirror_is_found_and_kept(k
     assert asked == [(300, 2)] and both.newest == 250 and both.holdout == 3
     copy = Mirror(3, 2)
     copy.load_state_dict(mirror.state_dict())
-    for seen in (both, again, copy(replay)):
+    for seen in (both, again, copy(replay, limit=600)):
         steps = seen.steps
         for now, then in zip((*steps, seen.age, seen.held_out), (*replay.steps, replay.age, replay.held_out)):
             assert torch.equal(now[:, :2], then)
