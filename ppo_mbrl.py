@@ -91,7 +91,7 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    num_steps: int = setting(250, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024)
+    num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
