@@ -315,7 +315,7 @@ def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tenso
     obs, actions, rewards, next_obs, terminated, _ = (x.flatten(0, 1).cpu() for x in steps)
     scale, binary = obs.double().std(0), binary_columns(obs, next_obs)
     numbers, flags = (kind.nonzero()[:, 0] for kind in (~binary & (scale > 1e-9), binary))
-    if not len(numbers) or num_actions > 6 or 2 ** len(numbers) * math.factorial(num_actions) > 2000 or len(flags) > 4:
+    if not len(numbers) or 2 ** len(numbers) * math.factorial(min(num_actions, 7)) > 2000 or len(flags) > 4:
         return None
     here, there = (x[:, numbers].double() / scale[numbers] for x in (obs, next_obs))
     mirror = mirror_of_numbers(here, actions, torch.cat([there - here, rewards.double()[:, None]], 1), ~terminated, num_actions)
@@ -339,7 +339,7 @@ def exchanges(number: int) -> list[Tensor]:
 
 
 def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: float = 1.5) -> tuple[Tensor, Tensor] | None:
-    """The signs (M) of obs (K, M) and the exchange (A) of actions (K) under which the targets (K, M + 1), changes and reward, still follow.
+    """The signs (M) of obs (K, M) and the exchange (A) of actions (K) under which the targets (K, M + 1), changes and reward, still follow. All are tried.
 
     They are told by a linear model of each action, fitted to those of the `usual` steps (K) that fit it best, nine tenths for each target. In a true
     mirror its median error is about the usual one, in any other that of some target is half as large again or more: `limit` is between the two.
@@ -359,11 +359,9 @@ def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: flo
         return float((error.abs().median(0).values / least).max())
 
     every = [torch.tensor(signs).double() for signs in itertools.product((1.0, -1.0), repeat=obs.shape[1])]
-    mirrors = [(strangeness(signs, swap), signs, swap) for signs in every for swap in exchanges(num_actions)][
-        1:
-    ]  # the first changes nothing
-    best, second = sorted(mirrors, key=lambda mirror: mirror[0])[:2] if len(mirrors) > 1 else (*mirrors, (math.inf,))
-    return best[1:] if best[0] <= limit < second[0] else None
+    mirrors = [(strangeness(signs, swap), signs, swap) for signs, swap in itertools.product(every, exchanges(num_actions))]
+    best, *others = sorted(mirrors[1:], key=lambda mirror: mirror[0])  # the first changes nothing
+    return best[1:] if best[0] <= limit and all(limit < other[0] for other in others) else None
 
 
 def exchange_of_flags(before, after, numbers, signs) -> Tensor | None:
