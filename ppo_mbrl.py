@@ -91,6 +91,7 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
+    action_repeat: int = setting(4, "Real steps that each action is taken for: what agent and model see as one step, their rewards summed.", 1, 1000, "Real environment", ppo=1, mpc=1)
     num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
@@ -102,7 +103,7 @@ class Settings(ModelSettings):
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
-    minibatch: int = setting(2048, "Steps in a minibatch; advantages are normalised in it.", 2, 10**9, "PPO", ppo=64)
+    minibatch: int = setting(512, "Steps in a minibatch; advantages are normalised in it.", 2, 10**9, "PPO", ppo=64)
     clip: float = setting(0.2, "Clip range of the probability ratio.", 0, 1e6, "PPO")
     entropy_coef: float = setting(0.003, "Weight of the entropy bonus.", 0, 1e6, "PPO", ppo=0.01)
     value_coef: float = setting(0.5, "Weight of the value loss.", 0, 1e6, "PPO")
@@ -155,6 +156,15 @@ class Settings(ModelSettings):
         for name in ("temperature_end", "renew_growth"):
             if 0 < getattr(self, name) < 1e-3:
                 raise UsageError(f"--{name.replace('_', '-')} must be 0 or at least 0.001, not {getattr(self, name)}.")
+
+    def per_action(self) -> "Settings":
+        """The same with discounts and the lengths of episodes, dreams and plans counted in actions, each of which takes --action-repeat real steps.
+
+        All flags are in real steps, so that --action-repeat can be changed alone. What is compared with the steps of the run stays as it is."""
+        k, s = self.action_repeat, asdict(self)
+        lengths = "gather_limit", "gather_hold", "dream_steps", "horizon", "horizon_max", "realign", "plan_horizon"
+        discounts = "gamma", "gae_lambda", "good_gamma", "good_lambda"
+        return replace(self, **{name: math.ceil(s[name] / k) for name in lengths}, **{name: s[name] ** k for name in discounts})
 
     @property
     def held_from(self) -> float:
@@ -211,22 +221,35 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
     return env
 
 
+def take(env: gym.Env, action: int, repeat: int) -> tuple[np.ndarray, float, bool, bool, int]:
+    """Takes an action for `repeat` real steps, or until the episode is over, as one step (frame skip: Mnih et al., 2015).
+
+    Returns the observation after it, the sum of its rewards, terminated, truncated, and how many real steps it took.
+    """
+    total, start = 0.0, int(env.action_space.start)
+    for steps in range(1, repeat + 1):
+        obs, reward, terminated, truncated, _ = env.step(action + start)
+        total += reward
+        if terminated or truncated:
+            break
+    return obs, total, terminated, truncated and not terminated, steps
+
+
 class Environments:
     """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
 
-    `obs` (N, O) is where they are, `episode` (N) the number of the episode; `step` returns the true successors.
-    Episodes are left after `limit` steps (0: never). Any moment, also in the midst of episodes, can be saved: it is the random state before the
-    last reset and the actions since.
+    `obs` (N, O) is where they are, `episode` (N) the number of the episode, `real_steps` how many they took, `action_repeat` of them an action; `step`
+    returns the true successors. Episodes are left after `limit` actions (0: never). Any moment, also in the midst of episodes, can be saved: it is
+    the random state before the last reset and the actions since.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0):
-        self.envs = [make_env(env_id) for _ in range(num_envs)]
+    def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
+        self.envs, self.action_repeat, self.real_steps = [make_env(env_id) for _ in range(num_envs)], action_repeat, 0
         self.past, self.limit = [None] * num_envs, limit or math.inf  # random state before the reset, actions since
         self.episode = torch.zeros(num_envs, dtype=torch.long)
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
-        self.lowest = int(self.envs[0].action_space.start)
         self.obs = torch.stack([self.begin(i) for i in range(num_envs)])
 
     def begin(self, i: int) -> Tensor:
@@ -239,21 +262,21 @@ class Environments:
         next_obs, rewards = np.empty(self.obs.shape, np.float32), np.empty(len(self.envs), np.float32)
         terminated, truncated = np.empty((2, len(self.envs)), bool)
         for i, (env, action) in enumerate(zip(self.envs, actions.tolist())):
-            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(action + self.lowest)
+            next_obs[i], rewards[i], terminated[i], truncated[i], steps = take(env, action, self.action_repeat)
+            self.real_steps += steps
             self.past[i][1].append(action)
-            truncated[i] |= len(self.past[i][1]) >= self.limit
-        truncated &= ~terminated
+            truncated[i] |= len(self.past[i][1]) >= self.limit and not terminated[i]
         self.obs = torch.from_numpy(next_obs.copy())
         for i in (terminated | truncated).nonzero()[0]:
             self.obs[i] = self.begin(i)
         return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
 
     def ages(self) -> Tensor:
-        """(N): steps since each episode began."""
+        """(N): actions since each episode began."""
         return torch.tensor([len(actions) for _, actions in self.past])
 
     def state_dict(self) -> dict:
-        return dict(past=[list(past) for past in self.past], episode=self.episode.clone())
+        return dict(past=[list(past) for past in self.past], episode=self.episode.clone(), real_steps=self.real_steps)
 
     def load_state_dict(self, state: dict):
         for i, (random_state, actions) in enumerate(state["past"]):
@@ -261,9 +284,9 @@ class Environments:
             env.unwrapped.np_random.bit_generator.state = random_state
             self.obs[i] = self.begin(i)
             for action in actions:
-                self.obs[i] = torch.as_tensor(env.step(action + self.lowest)[0], dtype=torch.float32)
+                self.obs[i] = torch.as_tensor(take(env, action, self.action_repeat)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
-        self.episode = state["episode"].clone()
+        self.episode, self.real_steps = state["episode"].clone(), state["real_steps"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- agent
@@ -421,7 +444,8 @@ def ppo_update(
 
 def train_ppo(run: "Run"):
     """PPO in the real environment (Schulman et al., 2017, Algorithm 1)."""
-    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
+    s = run.settings.per_action()
+    env = Environments(s.env_id, s.num_envs, s.seed, action_repeat=s.action_repeat)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
     scale = ReturnScale(s.num_envs, s.gamma)
@@ -430,8 +454,8 @@ def train_ppo(run: "Run"):
     while run.goes_on():
         temperature = run.temperature()
         run.phase("acting")
-        rollout = collect(env, lambda obs: agent.act(obs.to(s.device), temperature).cpu(), run.steps_left(s.num_steps), run.tick)
-        run.real_steps += rollout.actions.numel()
+        rollout = collect(env, lambda obs: agent.act(obs.to(s.device), temperature).cpu(), run.actions(s.num_steps), run.tick)
+        run.real_steps = env.real_steps
         scale.update(rollout)
         run.phase("learning")
         scaled = Rollout(*(x.to(s.device) for x in rollout._replace(rewards=scale(rollout.rewards))))
@@ -441,7 +465,8 @@ def train_ppo(run: "Run"):
 
 def train_simple(run: "Run"):
     """SimPLe (Kaiser et al., 2020, Algorithm 1): gather, fit, improve the policy in dreams, repeat."""
-    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed, run.settings.gather_limit)
+    s = run.settings.per_action()
+    env = Environments(s.env_id, s.num_envs, s.seed, s.gather_limit, s.action_repeat)
     agent = Agent(env.obs_dim, env.num_actions, s.hidden).to(s.device)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.Adam([flatten(agent)], lr=s.lr, eps=1e-5, fused=True)
@@ -464,7 +489,7 @@ def train_simple(run: "Run"):
         run.phase("fitting")  # line 5: update the model on all of them
         if reset:
             renew(wm_optimizer, WorldModel(env.obs_dim, env.num_actions, s))
-        both = mirror(replay, limit=2 * s.warmup_steps) if s.mirror else replay
+        both = mirror(replay, seek=run.real_steps <= 2 * s.warmup_steps) if s.mirror else replay
         log = learn(run, model, wm_optimizer, both, anew=reset)
         if run.iteration == 0:  # kept from then on, for the policy must not change its mind because the data moved
             agent.normaliser.load_state_dict(model.obs_scale.state_dict())
@@ -480,7 +505,7 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, anew: bool =
     """Fits the model to the replay, for longer the first time and where it begins anew, and measures it on the held-out episodes."""
     s = run.settings
     updates = s.reset_updates if anew else s.wm_updates if run.iteration else s.wm_first_updates
-    return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay)
+    return fit(model, optimizer, replay, updates, s.wm_batch, run.tick) | measure(model, replay, math.ceil(20 / s.action_repeat))
 
 
 class Schedule(NamedTuple):
@@ -499,7 +524,8 @@ class Schedule(NamedTuple):
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
-    def of(cls, replay: Replay, s: Settings, latest: int = 10, steps: int = 1000) -> "Schedule":
+    def of(cls, replay: Replay, s: Settings, latest: int = 10, real_steps: int = 1000) -> "Schedule":
+        steps = math.ceil(real_steps / s.action_repeat)
         ago, well = replay.endings()
         ago, well = ago[-latest:], well[-latest:]
         ended, good = replay.share_ended(steps, s.held_from), 0.0  # endings at an age at which actions are held don't count
@@ -537,7 +563,7 @@ def dream_and_improve(
 ) -> dict:
     """`rounds` PPO updates on dreams that go on from one to the next. No real step is taken. Returns means over the rounds."""
     temperature = run.temperature()
-    s = replace(run.settings, gamma=schedule.gamma, gae_lambda=schedule.gae_lambda, grounding=schedule.grounding)
+    s = replace(run.settings.per_action(), gamma=schedule.gamma, gae_lambda=schedule.gae_lambda, grounding=schedule.grounding)
 
     def charged(steps: Rollout) -> Rollout:
         punished = steps.terminated & (steps.rewards < 0)
@@ -580,12 +606,12 @@ def fates(rollout: Rollout, usual: float) -> dict[str, float]:
 def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
     """Adds real steps to the replay, the more the longer it is; the first ones, when nothing is known yet, at random."""
     s = run.settings
-    if len(replay):
-        steps = min(s.num_steps, math.ceil(s.growth * len(replay) / s.num_envs))
+    if run.real_steps:
+        steps = min(s.num_steps, s.growth * run.real_steps / s.num_envs)
     else:
-        steps, act = math.ceil(s.warmup_steps / s.num_envs), lambda obs: torch.randint(env.num_actions, (len(obs),))
-    rollout = collect(env, act, run.steps_left(steps), run.tick)
-    run.real_steps += rollout.actions.numel()
+        steps, act = s.warmup_steps / s.num_envs, lambda obs: torch.randint(env.num_actions, (len(obs),))
+    rollout = collect(env, act, run.actions(steps), run.tick)
+    run.real_steps = env.real_steps
     replay.add(rollout)
     return rollout
 
@@ -621,7 +647,8 @@ def train_mpc(run: "Run"):
 
     Each plan starts without memory and looks `plan_horizon` steps ahead; of the settings of PPO and dreams only the discount plays a part.
     """
-    s, env = run.settings, Environments(run.settings.env_id, run.settings.num_envs, run.settings.seed)
+    s = run.settings.per_action()
+    env = Environments(s.env_id, s.num_envs, s.seed, action_repeat=s.action_repeat)
     model = WorldModel(env.obs_dim, env.num_actions, s).to(s.device)
     optimizer = torch.optim.AdamW([flatten(model)], lr=s.wm_lr, weight_decay=s.wm_weight_decay, fused=True)
     replay = Replay(s.num_envs, env.obs_dim, s.wm_holdout, s.wm_newest, s.device)
@@ -661,8 +688,9 @@ class Scores(NamedTuple):
         }
 
 
-def play(act, env_id: str, episodes: int, seed: int, tick=lambda: None, frames: list | None = None) -> Scores:
-    """Plays one episode on each of the environment seeds seed, seed + 1, ...; act(obs (n, O)) -> actions (n). `frames` collects pictures of the first."""
+def play(act, env_id: str, episodes: int, seed: int, action_repeat: int = 1, tick=lambda: None, frames: list | None = None) -> Scores:
+    """Plays one episode on each of the environment seeds seed, seed + 1, ...; act(obs (n, O)) -> actions (n). `frames` collects pictures of the first,
+    one an action."""
     envs = list(evaluation_envs(env_id, episodes))
     if frames is not None:
         envs[0] = make_env(env_id, render_mode="rgb_array")
@@ -676,11 +704,10 @@ def play(act, env_id: str, episodes: int, seed: int, tick=lambda: None, frames: 
                 frames.append(envs[0].render())
             still = []
             for i, action in zip(alive, actions):
-                obs[i], reward, terminated, truncated, _ = envs[i].step(action + int(envs[i].action_space.start))
+                obs[i], reward, terminated, timeouts[i], steps = take(envs[i], action, action_repeat)
                 returns[i] += reward
-                lengths[i] += 1
-                timeouts[i] = truncated and not terminated
-                if not (terminated or truncated):
+                lengths[i] += steps
+                if not (terminated or timeouts[i]):
                     still.append(i)
             alive = still
             tick()
@@ -768,9 +795,10 @@ class Run:
     def goes_on(self) -> bool:
         return self.real_steps < self.settings.total_steps
 
-    def steps_left(self, steps: int) -> int:
-        """So many steps of each environment, or as many as the run still has."""
-        return min(steps, math.ceil((self.settings.total_steps - self.real_steps) / self.settings.num_envs))
+    def actions(self, steps: float) -> int:
+        """How many actions of each environment make so many real steps of it, or as many as the run still has."""
+        s = self.settings
+        return math.ceil(min(steps, (s.total_steps - self.real_steps) / s.num_envs) / s.action_repeat)
 
     def grown(self, share: float, since: float) -> bool:
         """Whether in this iteration the real steps have passed `since`, `since` (1 + share), `since` (1 + share)^2, ...; never if either is 0, nor in
@@ -819,7 +847,7 @@ class Run:
             raise Diverged(f"not finite after {self.real_steps} real steps: {', '.join(bad[:5])}" + ", ..." * (len(bad) > 5))
 
     def play(self, episodes: int, seed: int) -> Scores:
-        scores = play(self.act, self.settings.env_id, episodes, seed, self.tick)
+        scores = play(self.act, self.settings.env_id, episodes, seed, self.settings.action_repeat, self.tick)
         self.check(scores.row())
         return scores
 
@@ -870,7 +898,7 @@ class Run:
         summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False)
         summary |= dict(final_return_mean=None, final_return_std=None, final_episodes=0)
         if final is not None:
-            random = play(random_actions(s), s.env_id, 100, 20_000, self.tick).returns.mean()
+            random = play(random_actions(s), s.env_id, 100, 20_000, tick=self.tick).returns.mean()
             mean, std = float(final.returns.mean()), float(final.returns.std())
             summary |= dict(final_return_mean=mean, final_return_std=std, final_episodes=len(final.returns))
             summary |= dict(outcome=outcome(evaluations, mean, self.threshold, random), hovering=bool(final.timeouts.mean() >= 0.5))
@@ -1130,12 +1158,13 @@ def draw_training(rows: list[dict], threshold: float, path: Path):
     plt.close(figure)
 
 
-def save_gif(frames: list[np.ndarray], path: Path):
-    """Every third frame at half size: a landing is about half a megabyte."""
+def save_gif(frames: list[np.ndarray], action_repeat: int, path: Path):
+    """About every third real step, of 20 ms each, at half size: a landing is about half a megabyte."""
     from PIL import Image
 
-    images = [Image.fromarray(frame).reduce(2).convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames[::3]]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=60, loop=0, optimize=True)
+    every = max(1, 3 // action_repeat)
+    images = [Image.fromarray(frame).reduce(2).convert("P", palette=Image.Palette.ADAPTIVE, colors=32) for frame in frames[::every]]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=20 * every * action_repeat, loop=0, optimize=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- command line
@@ -1208,9 +1237,9 @@ def evaluate(
         raise UsageError(f"{gif} must be a .gif in a folder that exists.")
     settings, act = load_policy(run_dir, env_id)
     frames = [] if gif else None
-    scores = play(act, settings.env_id, episodes, seed, frames=frames)
+    scores = play(act, settings.env_id, episodes, seed, settings.action_repeat, frames=frames)
     if gif:
-        save_gif(frames, gif)
+        save_gif(frames, settings.action_repeat, gif)
     if as_json:
         row = {name.removeprefix("eval/"): value for name, value in scores.row().items()}
         print(json.dumps(dict(run_dir=str(run_dir), env_id=settings.env_id, seed=seed) | row | dict(returns=scores.returns.tolist())))

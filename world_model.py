@@ -295,9 +295,8 @@ class Mirror(nn.Module):
         self.register_buffer("columns", torch.arange(obs_dim))
         self.register_buffer("actions", torch.arange(num_actions))
 
-    def forward(self, replay: Replay, limit: int) -> Replay:
-        """Looks for a mirror as long as there are no more than `limit` real steps."""
-        if not self.found and len(replay) <= limit and (found := find_mirror(replay.steps, len(self.actions))):
+    def forward(self, replay: Replay, seek: bool) -> Replay:
+        if seek and not self.found and (found := find_mirror(replay.steps, len(self.actions))):
             self.load_state_dict(dict(zip(self.state_dict(), (torch.tensor(True), *found))))
         return replay.beside(self.image(replay.steps)) if self.found else replay
 

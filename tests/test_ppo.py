@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -296,22 +297,22 @@ def test_a_time_out_is_truncated_and_not_terminated():
     assert cuts == 1
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3"])
+@pytest.mark.parametrize("env_id, repeat", [("CartPole-v1", 1), ("LunarLander-v3", 1), ("LunarLander-v3", 3)])
 @pytest.mark.parametrize("moment", [0, 37, 150])
-def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, moment):
-    env, rng = Environments(env_id, 3, 1), np.random.default_rng(1)
+def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, moment):
+    env, rng = Environments(env_id, 3, 1, action_repeat=repeat), np.random.default_rng(1)
     draw = lambda: torch.as_tensor(rng.integers(env.num_actions, size=3))  # noqa: E731
     for _ in range(moment):
         env.step(draw())
     state, obs = unpack(pack(env.state_dict(), tensors := {}), tensors), env.obs.clone()
     later = [draw() for _ in range(200)]
     original = [[*env.step(a), env.obs] for a in later]
-    other = Environments(env_id, 3, 999)
+    other = Environments(env_id, 3, 999, action_repeat=repeat)
     other.load_state_dict(state)
-    assert torch.equal(other.obs, obs)
+    assert torch.equal(other.obs, obs) and other.real_steps == state["real_steps"] <= 3 * repeat * moment
     copy = [[*other.step(a), other.obs] for a in later]
     assert all(torch.equal(x, y) for a, b in zip(original, copy) for x, y in zip(a, b))
-    assert sum(int(step[2].sum()) for step in original) > 2
+    assert sum(int(step[2].sum()) for step in original) > 2 and other.real_steps == env.real_steps
 
 
 def test_no_two_environments_of_any_run_share_a_random_stream():
@@ -367,6 +368,52 @@ def test_an_environment_without_a_time_limit_gets_one():
     scores = ppo_mbrl.play(lambda obs: torch.zeros(len(obs), dtype=torch.long), registered("Endless-v0", entry_point=Endless), 2, 0)
     assert scores.lengths.tolist() == [10_000] * 2 and scores.timeouts.all() and scores.returns.tolist() == [10_000] * 2
     assert ppo_mbrl.make_env("CartPole-v1").spec.max_episode_steps == 500
+
+
+@pytest.mark.parametrize("env_id, repeat, cut", [("CartPole-v1", 3, True), ("LunarLander-v3", 4, False), ("CartPole-v1", 1, False)])
+def test_an_action_is_taken_for_so_many_real_steps_and_every_one_is_counted(env_id, repeat, cut):
+    limit, N, seed = 6 * cut, 2, 5
+    ours, rng = Environments(env_id, N, seed, limit, repeat), np.random.default_rng(3)
+    theirs, overs, odd, total = [gym.make(env_id) for _ in range(N)], 0, 0, 0
+    for env, stream in zip(theirs, np.random.SeedSequence(seed).generate_state(N, np.uint64)):
+        env.reset(seed=int(stream))
+    obs, age = [env.reset()[0] for env in theirs], np.zeros(N, int)
+    for _ in range(300):
+        assert np.array_equal(ours.obs.numpy(), obs) and ours.ages().tolist() == age.tolist()
+        actions = rng.integers(ours.num_actions, size=N)
+        rewards, next_obs, terminated, truncated = (x.numpy() for x in ours.step(torch.as_tensor(actions)))
+        for i, env in enumerate(theirs):
+            steps = [env.step(actions[i])]
+            while len(steps) < repeat and not (steps[-1][2] or steps[-1][3]):
+                steps.append(env.step(actions[i]))
+            total, age[i], odd = total + len(steps), age[i] + 1, odd + (len(steps) < repeat)
+            obs[i], ended = steps[-1][0], bool(steps[-1][2])
+            assert np.array_equal(next_obs[i], obs[i]) and rewards[i] == pytest.approx(sum(float(step[1]) for step in steps), rel=1e-5)
+            assert terminated[i] == ended and truncated[i] == (not ended and (bool(steps[-1][3]) or age[i] == limit))
+            if ended or truncated[i]:
+                obs[i], age[i], overs = env.reset()[0], 0, overs + 1
+        assert ours.real_steps == total
+    assert overs > 4 and (odd > 2 or repeat == 1)
+
+
+def test_an_evaluation_takes_actions_for_as_long_as_training_does():
+    act, counted = lambda obs: torch.full((len(obs),), 2), registered("Counted-v0", entry_point=Counted)
+    for repeat in (1, 2, 3, 10):
+        asked = []
+        scores = ppo_mbrl.play(lambda obs: (asked.append(len(obs)), act(obs))[1], counted, 2, 0, repeat)
+        assert scores.returns.tolist() == [49.0] * 2 and scores.lengths.tolist() == [7] * 2 and not scores.timeouts.any()
+        assert asked == [2] * math.ceil(7 / repeat)
+    scores = ppo_mbrl.play(act, registered("Endless-v0", entry_point=Endless), 1, 0, 3)
+    assert scores.lengths.tolist() == [10_000] and scores.timeouts.all()
+
+
+def test_settings_in_actions_last_as_long_as_those_in_real_steps():
+    s = Settings(mode="simple", action_repeat=4, gather_limit=602, horizon=0)
+    short = s.per_action()
+    assert (short.dream_steps, short.gather_limit, short.gather_hold, short.horizon) == (30, 151, 15, 0)
+    assert short.gamma == pytest.approx(0.99 * 0.99 * 0.99 * 0.99) and short.good_lambda == pytest.approx(0.95**4)
+    assert (short.total_steps, short.eval_every, short.num_steps, short.reset_from, short.minibatch) == (20_000, 500, 1000, 4000, 512)
+    assert replace(s, action_repeat=1).per_action() == replace(s, action_repeat=1)
 
 
 class Odd(gym.Env):

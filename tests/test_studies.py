@@ -473,7 +473,7 @@ def test_damaged_rows_are_one_sentence(text, words, script):
 
 @pytest.mark.parametrize(
     "name",
-    "autoencoder collapse ensemble_size heads horizon local_optimum memory model_free reward_tail sample_efficiency sensitivity target temperature".split(),
+    "action_repeat autoencoder collapse ensemble_size heads horizon local_optimum memory model_free reward_tail sample_efficiency sensitivity target temperature".split(),
 )
 def test_each_page_declares_arms_and_tests_that_exist(name):
     s = __import__(name).STUDY
