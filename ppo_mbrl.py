@@ -91,7 +91,7 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    action_repeat: int = setting(4, "Real steps that each action is taken for: what agent and model see as one step, their rewards summed.", 1, 1000, "Real environment", ppo=1, mpc=1)
+    action_repeat: int = setting(3, "Real steps that each action is taken for: what agent and model see as one step, their rewards summed.", 1, 1000, "Real environment", ppo=1, mpc=1)
     num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")

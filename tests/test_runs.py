@@ -29,7 +29,7 @@ from world_model import Rollout
 
 SCRIPTS = Path(ppo_mbrl.__file__).parent
 TINY = dict(env_id="CartPole-v1", wm_hidden=8, wm_updates=2, wm_first_updates=2, dreams=8, dream_steps=5, horizon=5, rounds=1, num_steps=30, growth=9.0, warmup_steps=60, hidden=8,
-            total_steps=90, eval_every=100_000, num_envs=1, minibatch=32, plan_horizon=3, plan_candidates=8)  # fmt: skip
+            total_steps=90, eval_every=100_000, num_envs=1, action_repeat=1, minibatch=32, plan_horizon=3, plan_candidates=8)  # fmt: skip
 
 
 def flags(settings: dict) -> list[str]:
@@ -225,7 +225,7 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
     ],
 )
 def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, good, charged, gamma, gae_lambda):
-    s = Settings(caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
+    s = Settings(action_repeat=1, caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
     found = Schedule.of(fates(ended, ago, well, (0, 1)), s)
     assert found[:5] == pytest.approx((good, charged, gamma, gae_lambda, 3 * good), abs=1e-5)
 
@@ -249,18 +249,18 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
     ],
 )
 def test_an_agent_is_stuck_if_no_ending_is_good_and_nothing_gets_better(ended, ago, well, rates, stuck):
-    schedule = Schedule.of(fates(ended, ago, well, rates), Settings())
+    schedule = Schedule.of(fates(ended, [steps // 4 for steps in ago], well, rates, asked=250), Settings(action_repeat=4))
     assert schedule.stuck == stuck
     assert schedule.safe == (False not in well[-10:] if well else rates[1] > rates[0])
 
 
-def fates(ended: float, ago: list, well: list, rates: tuple):
+def fates(ended: float, ago: list, well: list, rates: tuple, asked: int = 1000):
     """Stands in for a replay: how real episodes ended, and how the reward grew."""
     endings = torch.tensor(ago).long(), torch.tensor(well).bool()
     return types.SimpleNamespace(
-        share_ended=lambda latest, within: {(1000, 300): ended}[latest, within],
+        share_ended=lambda latest, within: {(asked, 300): ended}[latest, within],
         endings=lambda: endings,
-        reward_rates=lambda latest: {1000: rates}[latest],
+        reward_rates=lambda latest: {asked: rates}[latest],
     )
 
 
@@ -414,6 +414,8 @@ RUNS = {
     ),
     "ppo": dict(mode="ppo", num_envs=3, total_steps=540, temperature_end=0.5),
     "mpc": dict(mode="mpc", total_steps=150),
+    "repeated actions": dict(action_repeat=3, env_id="LunarLander-v3", total_steps=500, warmup_steps=200, num_steps=100, num_envs=2),
+    "ppo, repeated actions": dict(mode="ppo", action_repeat=2, num_envs=3, total_steps=540),
 }
 
 

@@ -725,7 +725,7 @@ def test_the_mirror_image_of_a_real_episode_is_a_real_episode():
     """Against the environment: the images of actions lead from the images of observations to the images of the next."""
     steps, _ = random_steps_of("CartPole-v1", 5)
     mirror, env = Mirror(4, 2), CartPoleEnv()
-    mirror(filled(steps), limit=2000)
+    mirror(filled(steps), seek=True)
     image = mirror.image(steps)
     for t in range(300):
         env.reset(seed=0)
@@ -745,16 +745,16 @@ def test_every_episode_has_its_image_beside_it_once_a_mirror_is_found_and_kept(k
         world_model, "find_mirror", lambda steps, number: asked.append((len(steps.obs), number)) or (found if known else None)
     )
     mirror, replay = Mirror(3, 2), filled(rollout, holdout=3, newest=250)
-    both = mirror(replay, limit=600)
-    again = mirror(replay, limit=600)
+    both = mirror(replay, seek=True)
+    again = mirror(replay, seek=True)
     if not known:
         assert both is replay and again is replay and asked == [(300, 2)] * 2
-        assert mirror(replay, limit=599) is replay and len(asked) == 2  # by then the policy has had its way
+        assert mirror(replay, seek=False) is replay and len(asked) == 2  # by then the policy has had its way
         return
     assert asked == [(300, 2)] and both.newest == 250 and both.holdout == 3
     copy = Mirror(3, 2)
     copy.load_state_dict(mirror.state_dict())
-    for seen in (both, again, copy(replay, limit=600)):
+    for seen in (both, again, copy(replay, seek=True)):
         steps = seen.steps
         for now, then in zip((*steps, seen.age, seen.held_out), (*replay.steps, replay.age, replay.held_out)):
             assert torch.equal(now[:, :2], then)
