@@ -294,6 +294,7 @@ class Settings:
     env_id: str = setting("LunarLander-v3", "Any Gymnasium environment with a flat Box observation and Discrete actions.", panel="Run", identity=False)
     epochs: int = setting(50, "Length of the run; an epoch as published takes 9,000 to 37,000 real steps on LunarLander.", 1, 10**9, "Run", identity=False)
     run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
+    action_repeat: int = setting(1, "Real steps that each action is taken for: one, as published.", 1, 1, "Run", identity=False)
     eval_every: int = setting(12_500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False)
     fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
     threads: int = setting(1, "Threads of torch; networks are numpy's here, and have one.", 1, 4096, "Run", identity=False)
