@@ -9,6 +9,7 @@ Read it top to bottom: settings, real environments, agent, PPO, the three traini
 The model itself is in `world_model.py`. To try an idea: `cp ppo_mbrl.py my_idea.py`, change it, run it; the diff is the idea.
 
 Shapes: T time, N environments or dreams, O observation, A actions, B minibatch. `truncated` is a time-out: the value goes on after it.
+A step of agent, model and dream is an action, which takes `--action-repeat` real steps; flags are in real steps, and so is what is counted.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ class Settings(ModelSettings):
     total_steps: int = setting(20_000, "Real steps of the whole run.", 1, 10**12, "Run", identity=False, ppo=1_000_000, mpc=5_000)
     run_dir: str = setting("", "Run folder; by default runs/ENV/NAME/seed_SEED, named after what differs from the defaults.", panel="Run", identity=False)
     config: str = setting("", "A JSON file of settings, such as a config.json; flags override it.", panel="Run", identity=False)
-    gamma: float = setting(0.99, "Discount of PPO and of the planner.", 0, 1, "Run", ppo=0.999)
+    gamma: float = setting(0.99, "Discount of PPO and of the planner, of a real step.", 0, 1, "Run", ppo=0.999)
     eval_every: int = setting(500, "Real steps between evaluations.", 1, 10**12, "Run", identity=False, ppo=25_000, mpc=2_500)
     fresh: bool = setting(False, "Begin anew: delete what an earlier run left in the folder.", panel="Run", identity=False)
     device: str = setting("cpu", "Where to compute, such as cpu or cuda.", panel="Run", identity=False)
@@ -91,16 +92,16 @@ class Settings(ModelSettings):
     tensorboard: bool = setting(False, "Also write TensorBoard logs.", panel="Run", identity=False)
 
     num_envs: int = setting(1, "Real environments stepped side by side.", 1, 10_000, "Real environment", ppo=16)
-    action_repeat: int = setting(3, "Real steps that each action is taken for: what agent and model see as one step, their rewards summed.", 1, 1000, "Real environment", ppo=1, mpc=1)
+    action_repeat: int = setting(3, "Real steps that each action is taken for; to agent and model they are one step, with the sum of their rewards.", 1, 1000, "Real environment", ppo=1, mpc=1)
     num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
-    gather_limit: int = setting(600, "A real episode is left after so many steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
-    gather_hold: int = setting(60, "From half of --gather-limit on, actions drawn at random are held for up to so many steps: an episode that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
+    gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
+    gather_hold: int = setting(60, "In real episodes that are not greedy, from half of --gather-limit on, actions drawn at random are held for up to so many real steps: they show what would end an episode that comes to no end; 0: never.", 0, 10**6, "Exploring")
 
-    gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation.", 0, 1, "PPO", ppo=0.98)
+    gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation, of a real step.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
     epochs: int = setting(4, "Passes over each rollout.", 1, 10_000, "PPO")
     minibatch: int = setting(512, "Steps in a minibatch; advantages are normalised in it.", 2, 10**9, "PPO", ppo=64)
@@ -114,12 +115,12 @@ class Settings(ModelSettings):
 
     rounds: int = setting(5, "PPO updates in dreams between two gatherings; three times as many for an agent that begins.", 1, 1_000_000, "Dreams")
     dreams: int = setting(200, "Dreams side by side.", 1, 10**7, "Dreams")
-    dream_steps: int = setting(120, "Imagined steps of each dream in an update; the next update goes on from there.", 1, 10**6, "Dreams")
-    horizon: int = setting(600, "A dream is cut, and its value goes on, after so many steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
+    dream_steps: int = setting(120, "Length of each dream in an update, in real steps; the next update goes on from there.", 1, 10**6, "Dreams")
+    horizon: int = setting(600, "A dream is cut, and its value goes on, after so many real steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
     caution: bool = setting(True, "Scale the negative reward of an imagined ending by the larger of two shares: of recent real steps whose episode ended, and of good ones among the latest endings. --no-caution: charge it in full.", panel="Dreams")
-    renew_growth: float = setting(0.5, "Each time the data has grown by this share, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
+    renew_growth: float = setting(0.25, "Each time the data has grown by this share, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
     reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
     reset_updates: int = setting(2000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
@@ -127,11 +128,11 @@ class Settings(ModelSettings):
     good_lambda: float = setting(0.95, "The lambda of generalised advantage estimation comes to this as real episodes end well.", 0, 1, "Dreams")
     grounding: float = setting(1.0, "Weight of the value error on real steps, beside that in dreams, as real episodes end well.", 0, 1e6, "Dreams")
     mirror: bool = setting(True, "Learn from the mirror image of each real step as well, if the first real steps show that there is one.", panel="Dreams")
-    realign: int = setting(0, "Every so many steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
+    realign: int = setting(0, "Every so many real steps each dream is moved to the nearest real observation; 0: never.", 0, 10**6, "Dreams")
     beginnings: float = setting(0.25, "Share of dreams that start at the beginning of a real episode.", 0, 1, "Dreams")
     rare: float = setting(0.2, "Share of dreams that start near something rare: an ending, a flipped flag, an extreme reward.", 0, 1, "Dreams")
 
-    plan_horizon: int = setting(12, "Steps the planner looks ahead.", 1, 10_000, "Planning")
+    plan_horizon: int = setting(12, "Real steps the planner looks ahead.", 1, 10_000, "Planning")
     plan_candidates: int = setting(48, "Action sequences tried in each round.", 2, 10**6, "Planning")
     plan_rounds: int = setting(2, "Rounds of the cross-entropy method.", 1, 1000, "Planning")
 
@@ -528,7 +529,7 @@ class Schedule(NamedTuple):
         steps = math.ceil(real_steps / s.action_repeat)
         ago, well = replay.endings()
         ago, well = ago[-latest:], well[-latest:]
-        ended, good = replay.share_ended(steps, s.held_from), 0.0  # endings at an age at which actions are held don't count
+        ended, good = replay.share_ended(steps), 0.0
         if len(ago):
             good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
         sight = max(1 - ended, good)
@@ -619,8 +620,8 @@ def gather(run: "Run", env: Environments, act, replay: Replay) -> Rollout:
 class Explorer:
     """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
 
-    In old episodes random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a held one ends what
-    would go on for ever. It lives for one gathering, and so do its holds.
+    Where actions are drawn, random ones are held in old episodes (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a
+    held one ends what would go on for ever. It lives for one gathering, and so do its holds.
     """
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
@@ -635,7 +636,7 @@ class Explorer:
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
         if s.held_from == math.inf:
             return actions
-        old = self.env.ages() >= s.held_from
+        old = (self.env.ages() >= s.held_from) & ~greedy
         begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about 60 % of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
         self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)

@@ -207,10 +207,10 @@ class Replay:
     def load_state_dict(self, state: dict):
         self.add(Rollout(**state))
 
-    def share_ended(self, latest: int, within: float = math.inf) -> float:
-        """The share of the latest so many steps whose episode has ended, in its first `within` steps, and was neither cut off nor goes on still."""
+    def share_ended(self, latest: int) -> float:
+        """The share of the latest so many steps whose episode has ended, and was neither cut off nor goes on still."""
         n = math.ceil(latest / self.age.shape[1])
-        terminated, over = (self.steps.terminated & (self.age < within))[-n:], (self.steps.terminated | self.steps.truncated)[-n:]
+        terminated, over = self.steps.terminated[-n:], (self.steps.terminated | self.steps.truncated)[-n:]
         time = torch.arange(len(over), device=over.device)[:, None]
         last = torch.where(over, time, len(over)).flip(0).cummin(0).values.flip(0)  # (n, N) step of its own episode
         ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step n, still to come, has not ended
@@ -296,7 +296,7 @@ class Mirror(nn.Module):
         self.register_buffer("actions", torch.arange(num_actions))
 
     def forward(self, replay: Replay, seek: bool) -> Replay:
-        if seek and not self.found and (found := find_mirror(replay.steps, len(self.actions))):
+        if seek and (found := find_mirror(replay.steps, len(self.actions))):
             self.load_state_dict(dict(zip(self.state_dict(), (torch.tensor(True), *found))))
         return replay.beside(self.image(replay.steps)) if self.found else replay
 
@@ -321,7 +321,7 @@ def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tenso
     if mirror is None:
         return None
     some, swap = mirror
-    order = exchange_of_flags(obs[:, flags] > 0, next_obs[:, flags] > 0, torch.cat([here, there], 1), torch.cat([some, some]))
+    order = exchange_of_flags(obs[:, flags] > 0, next_obs[:, flags] > 0, there, some)
     if order is None:
         return None
     signs = torch.ones(len(scale)).index_put((numbers,), some.float())
@@ -337,11 +337,11 @@ def exchanges(number: int) -> list[Tensor]:
     return [torch.tensor(p, dtype=torch.long) for p in itertools.permutations(range(number)) if all(p[p[i]] == i for i in p)]
 
 
-def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: float = 1.5) -> tuple[Tensor, Tensor] | None:
+def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: float = 2.0) -> tuple[Tensor, Tensor] | None:
     """The signs (M) of obs (K, M) and the exchange (A) of actions (K) under which the targets (K, M + 1), changes and reward, still follow. All are tried.
 
     They are told by a linear model of each action, fitted to those of the `usual` steps (K) that fit it best, nine tenths for each target. In a true
-    mirror its median error is about the usual one, in any other that of some target is half as large again or more: `limit` is between the two.
+    mirror its median error is about the usual one, in any other that of some target is twice as large or more: `limit` is between the two.
     """
     one_hot, ones = torch.eye(num_actions).double(), torch.ones(len(obs), 1).double()
     inputs = lambda obs, actions: (one_hot[actions][..., None] * torch.cat([ones, obs], 1)[:, None]).flatten(1)  # noqa: E731
@@ -364,8 +364,8 @@ def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: flo
 
 
 def exchange_of_flags(before, after, numbers, signs) -> Tensor | None:
-    """The order (B) in which the mirror shows binary columns, before and after each step (K, B), whose numbers at both ends are (K, 2M) and mirrored by
-    `signs` (2M): that for which a linear model tells best what steps and their images flip, where they flip some of flags that were the same."""
+    """The order (B) in which the mirror shows binary columns, before and after each step (K, B), whose numbers after it are (K, M) and mirrored by
+    `signs` (M): that for which a linear model tells best what steps and their images flip, where they flip some of flags that were the same."""
     flips = (before == before[:, :1]).all(1) & (after != after[:, :1]).any(1)
     y, z = after[flips].double(), torch.cat([torch.ones(len(numbers), 1).double(), numbers], 1)[flips]
     z, errors = torch.cat([z, z * torch.cat([torch.ones(1).double(), signs])]), []
@@ -373,7 +373,7 @@ def exchange_of_flags(before, after, numbers, signs) -> Tensor | None:
         both = torch.cat([y, y[:, order]])
         errors.append((float((z @ ridge(z, both, 1.0) - both).square().sum()), order))
     (best, order), *others = sorted(errors, key=lambda error: error[0])
-    return None if others and (y.sum(0).min() < 2 or best > 0.8 * others[0][0]) else order
+    return None if others and (y.sum(0).min() < 2 or best > 0.7 * others[0][0]) else order
 
 
 # ------------------------------------------------------------------------------------------------------------ building blocks
