@@ -479,10 +479,10 @@ def test_so_many_real_episodes_are_greedy_and_no_others(share, greedy):
         assert found == 1 if greedy[episode] else 0.25 < found < 0.6  # of three actions
 
 
-def test_in_old_episodes_and_no_others_actions_are_held():
-    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=190, gather_hold=30)
+def test_in_old_episodes_with_drawn_actions_and_no_others_actions_are_held():
+    s = Settings(env_id="MountainCar-v0", gather_greedy=0.0, gather_limit=190, gather_hold=30)
     env, agent = Environments(s.env_id, 60, 0, s.gather_limit), Agent(2, 3, 8)
-    agent.greedy = lambda obs: torch.full((len(obs),), -1)  # nobody else would
+    agent.act = lambda obs, temperature: torch.full((len(obs),), -1)  # nobody else would
     explore, rows = Explorer(agent, env, s), []
     torch.manual_seed(0)
     for step in range(380):
@@ -499,11 +499,13 @@ def test_in_old_episodes_and_no_others_actions_are_held():
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
 
 
-@pytest.mark.parametrize("limit, hold", [(0, 5), (100, 0)])
-def test_without_a_limit_or_a_duration_no_action_is_held(limit, hold):
-    s = Settings(env_id="MountainCar-v0", gather_greedy=1.0, gather_limit=limit, gather_hold=hold)
+@pytest.mark.parametrize("limit, hold, greedy", [(0, 5, 0.0), (100, 0, 0.0), (100, 5, 1.0)])
+def test_without_a_limit_or_a_duration_and_in_greedy_episodes_no_action_is_held(limit, hold, greedy):
+    s = Settings(env_id="MountainCar-v0", gather_greedy=greedy, gather_limit=limit, gather_hold=hold)
     env, agent = Environments(s.env_id, 4, 0, s.gather_limit), Agent(2, 3, 8)
     agent.greedy = lambda obs: torch.full((len(obs),), -1)
+    if not greedy:
+        agent.act = lambda obs, temperature: torch.full((len(obs),), -1)
     explore = Explorer(agent, env, s)
     for _ in range(150):
         assert (explore(env.obs) == -1).all()
