@@ -223,13 +223,13 @@ def make_env(env_id: str, **kwargs) -> gym.Env:
 
 
 def take(env: gym.Env, action: int, repeat: int) -> tuple[np.ndarray, float, bool, bool, int]:
-    """Takes an action for `repeat` real steps, or until the episode is over, as one step (frame skip: Mnih et al., 2015).
+    """Takes one of the environment's own actions for `repeat` real steps, or until the episode is over (frame skip: Mnih et al., 2015).
 
     Returns the observation after it, the sum of its rewards, terminated, truncated, and how many real steps it took.
     """
-    total, start = 0.0, int(env.action_space.start)
+    total = 0.0
     for steps in range(1, repeat + 1):
-        obs, reward, terminated, truncated, _ = env.step(action + start)
+        obs, reward, terminated, truncated, _ = env.step(action)
         total += reward
         if terminated or truncated:
             break
@@ -251,6 +251,7 @@ class Environments:
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
+        self.lowest = int(self.envs[0].action_space.start)
         self.obs = torch.stack([self.begin(i) for i in range(num_envs)])
 
     def begin(self, i: int) -> Tensor:
@@ -263,7 +264,7 @@ class Environments:
         next_obs, rewards = np.empty(self.obs.shape, np.float32), np.empty(len(self.envs), np.float32)
         terminated, truncated = np.empty((2, len(self.envs)), bool)
         for i, (env, action) in enumerate(zip(self.envs, actions.tolist())):
-            next_obs[i], rewards[i], terminated[i], truncated[i], steps = take(env, action, self.action_repeat)
+            next_obs[i], rewards[i], terminated[i], truncated[i], steps = take(env, action + self.lowest, self.action_repeat)
             self.real_steps += steps
             self.past[i][1].append(action)
             truncated[i] |= len(self.past[i][1]) >= self.limit and not terminated[i]
@@ -285,7 +286,7 @@ class Environments:
             env.unwrapped.np_random.bit_generator.state = random_state
             self.obs[i] = self.begin(i)
             for action in actions:
-                self.obs[i] = torch.as_tensor(take(env, action, self.action_repeat)[0], dtype=torch.float32)
+                self.obs[i] = torch.as_tensor(take(env, action + self.lowest, self.action_repeat)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
         self.episode, self.real_steps = state["episode"].clone(), state["real_steps"]
 
@@ -705,7 +706,8 @@ def play(act, env_id: str, episodes: int, seed: int, action_repeat: int = 1, tic
                 frames.append(envs[0].render())
             still = []
             for i, action in zip(alive, actions):
-                obs[i], reward, terminated, timeouts[i], steps = take(envs[i], action, action_repeat)
+                own = action + int(envs[i].action_space.start)
+                obs[i], reward, terminated, timeouts[i], steps = take(envs[i], own, action_repeat)
                 returns[i] += reward
                 lengths[i] += steps
                 if not (terminated or timeouts[i]):

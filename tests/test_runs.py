@@ -258,9 +258,7 @@ def fates(ended: float, ago: list, well: list, rates: tuple, asked: int = 1000):
     """Stands in for a replay: how real episodes ended, and how the reward grew."""
     endings = torch.tensor(ago).long(), torch.tensor(well).bool()
     return types.SimpleNamespace(
-        share_ended=lambda latest: {asked: ended}[latest],
-        endings=lambda: endings,
-        reward_rates=lambda latest: {asked: rates}[latest],
+        share_ended=lambda latest: {asked: ended}[latest], endings=lambda: endings, reward_rates=lambda latest: {asked: rates}[latest]
     )
 
 
