@@ -312,7 +312,7 @@ def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, mome
     assert torch.equal(other.obs, obs) and other.real_steps == state["real_steps"] <= 3 * repeat * moment
     copy = [[*other.step(a), other.obs] for a in later]
     assert all(torch.equal(x, y) for a, b in zip(original, copy) for x, y in zip(a, b))
-    assert sum(int(step[2].sum()) for step in original) > 2 and other.real_steps == env.real_steps
+    assert sum(int(step[2].sum()) for step in original) > 2 and other.real_steps == env.real_steps and torch.equal(other.cut, env.cut)
 
 
 def test_no_two_environments_of_any_run_share_a_random_stream():
@@ -499,8 +499,24 @@ def test_in_old_episodes_with_drawn_actions_and_no_others_actions_are_held():
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
 
 
-@pytest.mark.parametrize("limit, hold, greedy", [(0, 5, 0.0), (100, 0, 0.0), (100, 5, 1.0)])
-def test_without_a_limit_or_a_duration_and_in_greedy_episodes_no_action_is_held(limit, hold, greedy):
+def test_greedy_episodes_hold_actions_only_if_the_one_before_came_to_no_end():
+    s = Settings(env_id="CartPole-v1", gather_greedy=1.0, gather_limit=20, gather_hold=5)
+    env, agent, cut, seen = Environments(s.env_id, 30, 0, s.gather_limit), Agent(4, 2, 8), torch.zeros(30).bool(), set()
+    agent.greedy = lambda obs: torch.full((len(obs),), -1)
+    explore = Explorer(agent, env, s)
+    torch.manual_seed(0)
+    for _ in range(300):
+        assert torch.equal(env.cut, cut)
+        held = explore(env.obs) != -1
+        assert not (held & ~(cut & (env.ages() >= 10))).any()
+        seen |= {(bool(a), bool(b)) for a, b in zip(cut[env.ages() >= 10], held[env.ages() >= 10])}
+        _, _, terminated, truncated = env.step(torch.randint(2, (30,)))
+        cut = torch.where(terminated | truncated, truncated, cut)
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
+@pytest.mark.parametrize("limit, hold, greedy", [(0, 5, 0.0), (100, 0, 0.0), (0, 5, 1.0)])
+def test_without_a_limit_or_a_duration_no_action_is_held(limit, hold, greedy):
     s = Settings(env_id="MountainCar-v0", gather_greedy=greedy, gather_limit=limit, gather_hold=hold)
     env, agent = Environments(s.env_id, 4, 0, s.gather_limit), Agent(2, 3, 8)
     agent.greedy = lambda obs: torch.full((len(obs),), -1)
