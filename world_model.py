@@ -321,7 +321,9 @@ def find_mirror(steps: Rollout, num_actions: int) -> tuple[Tensor, Tensor, Tenso
     if mirror is None:
         return None
     some, swap = mirror
-    order = exchange_of_flags(obs[:, flags] > 0, next_obs[:, flags] > 0, there, some)
+    one_hot, ones = torch.eye(num_actions), torch.ones(len(obs), 1)
+    inputs, images = torch.cat([ones, here, one_hot[actions]], 1), torch.cat([ones, here * some, one_hot[swap[actions]]], 1)
+    order = exchange_of_flags(obs[:, flags] > 0, next_obs[:, flags] > 0, here, there, inputs, images, some)
     if order is None:
         return None
     signs = torch.ones(len(scale)).index_put((numbers,), some.float())
@@ -363,17 +365,35 @@ def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: flo
     return best[1:] if best[0] <= limit and all(limit < other[0] for other in others) else None
 
 
-def exchange_of_flags(before, after, numbers, signs) -> Tensor | None:
-    """The order (B) in which the mirror shows binary columns, before and after each step (K, B), whose numbers after it are (K, M) and mirrored by
-    `signs` (M): that for which a linear model tells best what steps and their images flip, where they flip some of flags that were the same."""
-    flips = (before == before[:, :1]).all(1) & (after != after[:, :1]).any(1)
-    y, z = after[flips].double(), torch.cat([torch.ones(len(numbers), 1).double(), numbers], 1)[flips]
-    z, errors = torch.cat([z, z * torch.cat([torch.ones(1).double(), signs])]), []
-    for order in exchanges(before.shape[1]):
-        both = torch.cat([y, y[:, order]])
-        errors.append((float((z @ ridge(z, both, 1.0) - both).square().sum()), order))
-    (best, order), *others = sorted(errors, key=lambda error: error[0])
-    return None if others and (y.sum(0).min() < 2 or best > 0.7 * others[0][0]) else order
+def exchange_of_flags(before, after, here, there, inputs, images, signs) -> Tensor | None:
+    """The order (B) in which the mirror shows binary columns, `before` and `after` each step (K, B); None if it is not clear.
+
+    It is that for which two linear models of steps and their images err least: of which flags flip where they were the same, from the numbers after it,
+    `there` (K, M), and of how the numbers change where flags differ, from `inputs` (K, F) or their `images` and the flags. `signs` (M) mirrors numbers.
+    """
+    first, *others = orders = exchanges(before.shape[1])
+    if not others:
+        return first
+    differ = lambda flags: (flags != flags[:, :1]).any(1)  # noqa: E731
+    flips, apart = ~differ(before) & differ(after), differ(before) | differ(after)
+    rarest, change = after[flips].sum(0).min(), (there - here)[apart]
+    if rarest == 0:
+        return None  # one of them has not flipped yet
+
+    def error(x, x_image, y, y_image) -> float:
+        x, y = torch.cat([x, x_image]).double(), torch.cat([y, y_image]).double()
+        return math.log(float((x @ ridge(x, y, 1.0) - y).square().sum()) + 1e-12)
+
+    def strangeness(order) -> float:
+        ones, flags = torch.ones(int(flips.sum()), 1), torch.cat([before, after], 1)[apart]
+        seen, shown = torch.cat([ones, there[flips]], 1), torch.cat([ones, there[flips] * signs], 1)
+        what = error(seen, shown, after[flips], after[flips][:, order]) if rarest > 1 else 0.0
+        image = torch.cat([before[:, order], after[:, order]], 1)[apart]
+        scaled = change / change.std(0).clamp(min=1e-9)
+        return what + 4 * error(torch.cat([inputs[apart], flags], 1), torch.cat([images[apart], image], 1), scaled, scaled * signs)
+
+    (least, best), (next_least, _), *_ = sorted(((strangeness(order), i) for i, order in enumerate(orders)))
+    return orders[best] if next_least - least > 0.2 else None
 
 
 # ------------------------------------------------------------------------------------------------------------ building blocks
