@@ -98,8 +98,8 @@ class Settings(ModelSettings):
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
-    gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
-    gather_hold: int = setting(60, "From half of --gather-limit on, actions drawn at random are held for up to so many real steps, in greedy episodes only if the one before came to no end: they show what would have ended it; 0: never.", 0, 10**6, "Exploring")
+    gather_limit: int = setting(900, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
+    gather_hold: int = setting(60, "From a third of --gather-limit on, in greedy episodes from two thirds, actions drawn at random are held for up to so many real steps: an episode that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation, of a real step.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -169,8 +169,8 @@ class Settings(ModelSettings):
 
     @property
     def held_from(self) -> float:
-        """The age of a real episode from which on actions are held."""
-        return self.gather_limit / 2 if self.gather_limit and self.gather_hold else math.inf
+        """The age of a real episode from which on actions are held; twice as much if it is greedy."""
+        return self.gather_limit / 3 if self.gather_limit and self.gather_hold else math.inf
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
@@ -239,15 +239,15 @@ def take(env: gym.Env, action: int, repeat: int) -> tuple[np.ndarray, float, boo
 class Environments:
     """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
 
-    `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the one before was cut off, `real_steps` how many they
-    took, `action_repeat` of them an action; `step` returns the true successors. Episodes are left after `limit` actions (0: never). Any moment, also in
-    the midst of episodes, can be saved: it is the random state before the last reset and the actions since.
+    `obs` (N, O) is where they are, `episode` (N) the number of the episode, `real_steps` how many they took, `action_repeat` of them an action; `step`
+    returns the true successors. Episodes are left after `limit` actions (0: never). Any moment, also in the midst of episodes, can be saved: it is
+    the random state before the last reset and the actions since.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
         self.envs, self.action_repeat, self.real_steps = [make_env(env_id) for _ in range(num_envs)], action_repeat, 0
         self.past, self.limit = [None] * num_envs, limit or math.inf  # random state before the reset, actions since
-        self.episode, self.cut = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool)
+        self.episode = torch.zeros(num_envs, dtype=torch.long)
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
@@ -270,7 +270,7 @@ class Environments:
             truncated[i] |= len(self.past[i][1]) >= self.limit and not terminated[i]
         self.obs = torch.from_numpy(next_obs.copy())
         for i in (terminated | truncated).nonzero()[0]:
-            self.obs[i], self.cut[i] = self.begin(i), bool(truncated[i])
+            self.obs[i] = self.begin(i)
         return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
 
     def ages(self) -> Tensor:
@@ -278,7 +278,7 @@ class Environments:
         return torch.tensor([len(actions) for _, actions in self.past])
 
     def state_dict(self) -> dict:
-        return dict(past=[list(past) for past in self.past], episode=self.episode.clone(), cut=self.cut.clone(), real_steps=self.real_steps)
+        return dict(past=[list(past) for past in self.past], episode=self.episode.clone(), real_steps=self.real_steps)
 
     def load_state_dict(self, state: dict):
         for i, (random_state, actions) in enumerate(state["past"]):
@@ -288,7 +288,7 @@ class Environments:
             for action in actions:
                 self.obs[i] = torch.as_tensor(take(env, action + self.lowest, self.action_repeat)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
-        self.episode, self.cut, self.real_steps = state["episode"].clone(), state["cut"].clone(), state["real_steps"]
+        self.episode, self.real_steps = state["episode"].clone(), state["real_steps"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- agent
@@ -622,7 +622,7 @@ class Explorer:
     """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
 
     In old episodes random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a held one ends what
-    would go on for ever. Greedy ones are left in peace unless the one before came to no end. It lives for one gathering, and so do its holds.
+    would go on for ever. Greedy ones are left in peace for twice as long. It lives for one gathering, and so do its holds.
     """
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
@@ -637,7 +637,7 @@ class Explorer:
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
         if s.held_from == math.inf:
             return actions
-        old = (self.env.ages() >= s.held_from) & (~greedy | self.env.cut)
+        old = self.env.ages() >= s.held_from * (1 + greedy)
         begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about 60 % of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
         self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)
