@@ -312,7 +312,7 @@ def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, mome
     assert torch.equal(other.obs, obs) and other.real_steps == state["real_steps"] <= 3 * repeat * moment
     copy = [[*other.step(a), other.obs] for a in later]
     assert all(torch.equal(x, y) for a, b in zip(original, copy) for x, y in zip(a, b))
-    assert sum(int(step[2].sum()) for step in original) > 2 and other.real_steps == env.real_steps and torch.equal(other.cut, env.cut)
+    assert sum(int(step[2].sum()) for step in original) > 2 and other.real_steps == env.real_steps
 
 
 def test_no_two_environments_of_any_run_share_a_random_stream():
@@ -479,40 +479,26 @@ def test_so_many_real_episodes_are_greedy_and_no_others(share, greedy):
         assert found == 1 if greedy[episode] else 0.25 < found < 0.6  # of three actions
 
 
-def test_in_old_episodes_with_drawn_actions_and_no_others_actions_are_held():
-    s = Settings(env_id="MountainCar-v0", gather_greedy=0.0, gather_limit=190, gather_hold=30)
+@pytest.mark.parametrize("greedy, since", [(0.0, 60), (1.0, 120)])
+def test_in_old_episodes_and_no_others_actions_are_held(greedy, since):
+    s = Settings(env_id="MountainCar-v0", gather_greedy=greedy, gather_limit=180, gather_hold=30)
     env, agent = Environments(s.env_id, 60, 0, s.gather_limit), Agent(2, 3, 8)
-    agent.act = lambda obs, temperature: torch.full((len(obs),), -1)  # nobody else would
-    explore, rows = Explorer(agent, env, s), []
+    agent.greedy = lambda obs: torch.full((len(obs),), -1 - bool(greedy))  # nobody else would
+    agent.act = lambda obs, temperature: torch.full((len(obs),), -1)
+    explore, rows, own = Explorer(agent, env, s), [], -1 - bool(greedy)
     torch.manual_seed(0)
-    for step in range(380):
-        assert env.ages().tolist() == [step % 190] * 60
+    for step in range(1440):
+        assert env.ages().tolist() == [step % 180] * 60
         rows.append(explore(env.obs).numpy())
         env.step(torch.zeros(60).long())
-    rows = np.array(rows).reshape(2, 190, 60)
-    young, old = rows[:, :95], rows[:, 95:].swapaxes(1, 2).reshape(-1, 95)
-    assert (young == -1).all() and set(np.unique(old)) == {-1, 0, 1, 2}
+    rows = np.array(rows).reshape(8, 180, 60)
+    young, old = rows[:, :since], rows[:, since:].swapaxes(1, 2).reshape(-1, 180 - since)
+    assert (young == own).all() and set(np.unique(old)) == {own, 0, 1, 2}
     holds = [(key, len(list(group))) for row in old for key, group in itertools.groupby(row)]
     longest = max(length for key, length in holds if key >= 0)
     assert 0.5 < (old >= 0).mean() < 0.62 and 28 <= longest <= 90  # a hold may follow another of the same action at once
-    gaps = [length for key, length in holds if key == -1]
+    gaps = [length for key, length in holds if key == own]
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
-
-
-def test_greedy_episodes_hold_actions_only_if_the_one_before_came_to_no_end():
-    s = Settings(env_id="CartPole-v1", gather_greedy=1.0, gather_limit=20, gather_hold=5)
-    env, agent, cut, seen = Environments(s.env_id, 30, 0, s.gather_limit), Agent(4, 2, 8), torch.zeros(30).bool(), set()
-    agent.greedy = lambda obs: torch.full((len(obs),), -1)
-    explore = Explorer(agent, env, s)
-    torch.manual_seed(0)
-    for _ in range(300):
-        assert torch.equal(env.cut, cut)
-        held = explore(env.obs) != -1
-        assert not (held & ~(cut & (env.ages() >= 10))).any()
-        seen |= {(bool(a), bool(b)) for a, b in zip(cut[env.ages() >= 10], held[env.ages() >= 10])}
-        _, _, terminated, truncated = env.step(torch.randint(2, (30,)))
-        cut = torch.where(terminated | truncated, truncated, cut)
-    assert seen == {(False, False), (True, False), (True, True)}
 
 
 @pytest.mark.parametrize("limit, hold, greedy", [(0, 5, 0.0), (100, 0, 0.0), (0, 5, 1.0)])
