@@ -9,7 +9,8 @@ Read it top to bottom: settings, real environments, agent, PPO, the three traini
 The model itself is in `world_model.py`. To try an idea: `cp ppo_mbrl.py my_idea.py`, change it, run it; the diff is the idea.
 
 Shapes: T time, N environments or dreams, O observation, A actions, B minibatch. `truncated` is a time-out: the value goes on after it.
-A step of agent, model and dream is an action, which takes `--action-repeat` real steps; flags are in real steps, and so is what is counted.
+A step of agent, model and dream is an action, which takes `--action-repeat` real steps. Lengths of time and discounts are set, and real steps counted, in
+these; minibatches, windows of the model and imagined steps are in actions.
 """
 
 import contextlib
@@ -98,8 +99,8 @@ class Settings(ModelSettings):
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
-    gather_limit: int = setting(900, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
-    gather_hold: int = setting(60, "From a third of --gather-limit on, in greedy episodes from two thirds, actions drawn at random are held for up to so many real steps: an episode that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
+    gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
+    gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the one before was cut off, actions drawn at random are held for up to so many real steps: an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation, of a real step.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -161,7 +162,7 @@ class Settings(ModelSettings):
     def per_action(self) -> "Settings":
         """The same with discounts and the lengths of episodes, dreams and plans counted in actions, each of which takes --action-repeat real steps.
 
-        All flags are in real steps, so that --action-repeat can be changed alone. What is compared with the steps of the run stays as it is."""
+        Flags of time are in real steps, so that --action-repeat can be changed alone. What is compared with the steps of the run stays as it is."""
         k, s = self.action_repeat, asdict(self)
         lengths = "gather_limit", "gather_hold", "dream_steps", "horizon", "horizon_max", "realign", "plan_horizon"
         discounts = "gamma", "gae_lambda", "good_gamma", "good_lambda"
@@ -169,8 +170,8 @@ class Settings(ModelSettings):
 
     @property
     def held_from(self) -> float:
-        """The age of a real episode from which on actions are held; twice as much if it is greedy."""
-        return self.gather_limit / 3 if self.gather_limit and self.gather_hold else math.inf
+        """The age of a real episode from which on actions are held."""
+        return self.gather_limit / 2 if self.gather_limit and self.gather_hold else math.inf
 
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
@@ -239,15 +240,15 @@ def take(env: gym.Env, action: int, repeat: int) -> tuple[np.ndarray, float, boo
 class Environments:
     """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
 
-    `obs` (N, O) is where they are, `episode` (N) the number of the episode, `real_steps` how many they took, `action_repeat` of them an action; `step`
-    returns the true successors. Episodes are left after `limit` actions (0: never). Any moment, also in the midst of episodes, can be saved: it is
-    the random state before the last reset and the actions since.
+    `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the one before was cut off; `step` returns the true
+    successors. Each action is taken for `action_repeat` real steps, `real_steps` of which they took together. Episodes are left after `limit` actions
+    (0: never). Any moment, also in the midst of episodes, can be saved: it is the random state before the last reset and the actions since.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
         self.envs, self.action_repeat, self.real_steps = [make_env(env_id) for _ in range(num_envs)], action_repeat, 0
         self.past, self.limit = [None] * num_envs, limit or math.inf  # random state before the reset, actions since
-        self.episode = torch.zeros(num_envs, dtype=torch.long)
+        self.episode, self.cut = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool)
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
@@ -270,7 +271,7 @@ class Environments:
             truncated[i] |= len(self.past[i][1]) >= self.limit and not terminated[i]
         self.obs = torch.from_numpy(next_obs.copy())
         for i in (terminated | truncated).nonzero()[0]:
-            self.obs[i] = self.begin(i)
+            self.obs[i], self.cut[i] = self.begin(i), bool(truncated[i])
         return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
 
     def ages(self) -> Tensor:
@@ -278,7 +279,7 @@ class Environments:
         return torch.tensor([len(actions) for _, actions in self.past])
 
     def state_dict(self) -> dict:
-        return dict(past=[list(past) for past in self.past], episode=self.episode.clone(), real_steps=self.real_steps)
+        return dict(past=[list(past) for past in self.past], episode=self.episode.clone(), cut=self.cut.clone(), real_steps=self.real_steps)
 
     def load_state_dict(self, state: dict):
         for i, (random_state, actions) in enumerate(state["past"]):
@@ -288,7 +289,7 @@ class Environments:
             for action in actions:
                 self.obs[i] = torch.as_tensor(take(env, action + self.lowest, self.action_repeat)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
-        self.episode, self.real_steps = state["episode"].clone(), state["real_steps"]
+        self.episode, self.cut, self.real_steps = state["episode"].clone(), state["cut"].clone(), state["real_steps"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- agent
@@ -528,7 +529,7 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, replay: Replay, s: Settings, latest: int = 10, real_steps: int = 1000) -> "Schedule":
         steps = math.ceil(real_steps / s.action_repeat)
-        ago, well = replay.endings()
+        ago, well = replay.endings(s.action_repeat)
         ago, well = ago[-latest:], well[-latest:]
         ended, good = replay.share_ended(steps), 0.0
         if len(ago):
@@ -572,7 +573,7 @@ def dream_and_improve(
         return steps._replace(rewards=scale(torch.where(punished, schedule.caution * steps.rewards, steps.rewards)))
 
     horizon = s.horizon or trusted_horizon(model, replay, s.horizon_error, s.horizon_max)
-    dream, usual = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), float(replay.steps.rewards.median())
+    dream, usual = Dream(model, replay, s.dreams, s, s.beginnings, s.rare, horizon, s.realign), replay.usual(s.action_repeat)
     logs = []
     for _ in range(rounds):
         rollout = collect(dream, lambda obs: agent.act(obs, temperature), s.dream_steps, run.tick)
@@ -581,7 +582,7 @@ def dream_and_improve(
         log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
         logs.append(log | fates(rollout, usual))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    told = {"dream/disagreement": float(dream.disagreement), "dream/horizon": horizon}
+    told = {"dream/disagreement": float(dream.disagreement), "dream/horizon": horizon * s.action_repeat}
     return means | told | {"dream/caution": schedule.caution, "dream/good": schedule.good}
 
 
@@ -622,12 +623,12 @@ class Explorer:
     """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
 
     In old episodes random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a held one ends what
-    would go on for ever. Greedy ones are left in peace for twice as long. It lives for one gathering, and so do its holds.
+    would go on for ever. Greedy episodes are left in peace unless the one before was cut off. It lives for one gathering, and so do its holds.
     """
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         self.agent, self.env, self.s = agent, env, s
-        self.held = self.left = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and for how many steps they are still held
+        self.held = self.left = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and how many more times they are taken
 
     def __call__(self, obs: Tensor) -> Tensor:
         """(N, O) -> actions (N)."""
@@ -637,7 +638,7 @@ class Explorer:
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
         if s.held_from == math.inf:
             return actions
-        old = self.env.ages() >= s.held_from * (1 + greedy)
+        old = (self.env.ages() >= s.held_from) & (~greedy | self.env.cut)
         begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about 60 % of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
         self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)
@@ -690,7 +691,7 @@ class Scores(NamedTuple):
         }
 
 
-def play(act, env_id: str, episodes: int, seed: int, action_repeat: int = 1, tick=lambda: None, frames: list | None = None) -> Scores:
+def play(act, env_id: str, episodes: int, seed: int, action_repeat: int, tick=lambda: None, frames: list | None = None) -> Scores:
     """Plays one episode on each of the environment seeds seed, seed + 1, ...; act(obs (n, O)) -> actions (n). `frames` collects pictures of the first,
     one an action."""
     envs = list(evaluation_envs(env_id, episodes))
@@ -901,7 +902,7 @@ class Run:
         summary |= dict(peak_return_mean=max(evaluations, default=None), outcome="other", hovering=False)
         summary |= dict(final_return_mean=None, final_return_std=None, final_episodes=0)
         if final is not None:
-            random = play(random_actions(s), s.env_id, 100, 20_000, tick=self.tick).returns.mean()
+            random = play(random_actions(s), s.env_id, 100, 20_000, 1, self.tick).returns.mean()  # an action a step, for all runs alike
             mean, std = float(final.returns.mean()), float(final.returns.std())
             summary |= dict(final_return_mean=mean, final_return_std=std, final_episodes=len(final.returns))
             summary |= dict(outcome=outcome(evaluations, mean, self.threshold, random), hovering=bool(final.timeouts.mean() >= 0.5))
@@ -1162,7 +1163,7 @@ def draw_training(rows: list[dict], threshold: float, path: Path):
 
 
 def save_gif(frames: list[np.ndarray], action_repeat: int, path: Path):
-    """About every third real step, of 20 ms each, at half size: a landing is about half a megabyte."""
+    """About every third real step, of 20 ms each, or every action, at half size: a landing is about half a megabyte."""
     from PIL import Image
 
     every = max(1, 3 // action_repeat)
@@ -1269,7 +1270,7 @@ def load_policy(run_dir: Path, env_id: str | None = None):
             raise RuntimeError("tensors are missing or unknown")
     except RuntimeError as error:
         raise UsageError(f"The policy in {run_dir} does not fit its settings: {str(error).splitlines()[-1].strip()}")
-    return settings, functools.partial(plan_actions, policy, settings) if settings.mode == "mpc" else policy.greedy
+    return settings, functools.partial(plan_actions, policy, settings.per_action()) if settings.mode == "mpc" else policy.greedy
 
 
 def check_device(device: str):

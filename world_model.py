@@ -7,6 +7,7 @@ to the same `step` as the real one, `plan` searches through it. It knows nothing
     python world_model.py runs/LunarLander-v3/simple/seed_3 --wm-target ode
 
 Shapes: T time, N environments or dreams, E members, B batch, L window, O observation, A actions, F = O + A features, H memory.
+A step is an action here, for however many real steps it was taken.
 Errors of the dynamics are always in standard deviations of the change of each observation from one step to the next.
 """
 
@@ -65,10 +66,10 @@ class ModelSettings:
     wm_autoencoder_noise: float = setting(0.1, "Standard deviation of the noise it learns to remove, in standard deviations of the data.", 1e-6, 100)
     wm_lr: float = setting(3e-3, "Adam's learning rate at the beginning of each fit; it falls to a tenth.", 1e-8, 1)
     wm_weight_decay: float = setting(1e-5, "Decoupled weight decay.", 0, 1)
-    wm_batch: int = setting(128, "Real steps in a minibatch of each member.", 1, 1_000_000)
+    wm_batch: int = setting(128, "Steps in a minibatch of each member.", 1, 1_000_000)
     wm_updates: int = setting(200, "Gradient steps an iteration.", 0, 10_000_000)
     wm_first_updates: int = setting(1000, "Gradient steps of the first fit: a policy that starts in a bad model learns to exploit it.", 0, 10_000_000)
-    wm_newest: int = setting(0, "Fit to, and dream from, the newest so many real steps of each environment only; 0: all.", 0, 1_000_000_000)
+    wm_newest: int = setting(0, "Fit to, and dream from, the newest so many actions of each environment only; 0: all.", 0, 1_000_000_000)
     wm_holdout: int = setting(10, "One episode in so many is held out to measure the model.", 2, 1_000_000)
     wm_margin: float = setting(0.1, "Dreams stay within the range of the data plus this share of it, and are cut where they would leave it.", 0, 1e6)
     uncertainty: Literal["none", "ensemble", "autoencoder", "both"] = setting("ensemble", "Where a dream's uncertainty comes from.", panel="Dreams")
@@ -216,10 +217,15 @@ class Replay:
         ended = torch.cat([terminated, torch.zeros_like(terminated[:1])]).gather(0, last)  # step n, still to come, has not ended
         return float(ended.float().mean())
 
-    def endings(self) -> tuple[Tensor, Tensor]:
-        """All endings so far: how many real steps each lies back (K), and whether it was good, with at least the median reward (K)."""
+    def usual(self, action_repeat: int) -> float:
+        """The median reward of an action, or of a real step where that is less: an episode may end with the first of its last action's."""
+        median = float(self.steps.rewards.median())
+        return min(median, median / action_repeat)
+
+    def endings(self, action_repeat: int) -> tuple[Tensor, Tensor]:
+        """All endings so far: how many steps each lies back (K), and whether it was good, with at least the usual reward (K)."""
         time, rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards
-        return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= rewards.median()
+        return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= self.usual(action_repeat)
 
     def reward_rates(self, latest: int) -> tuple[float, float]:
         """The mean reward of a step before the latest so many real steps, among as many, and since then; NaN where there was none."""
@@ -285,7 +291,7 @@ class Mirror(nn.Module):
     """Shows real steps as they might have happened just as well: columns with the other sign, binary ones and actions in each other's place.
 
     Called with a Replay it returns one in which every episode has its image beside it, or the same where no mirror has been found. It is sought in the
-    first steps, before a policy that goes its own ways has chosen many of them, and once found it is kept.
+    first steps, before a policy that goes its own ways has chosen many of them: anew in each call, as long as `seek`. The last one found stays.
     """
 
     def __init__(self, obs_dim: int, num_actions: int):
@@ -370,6 +376,7 @@ def exchange_of_flags(before, after, here, there, inputs, images, signs) -> Tens
 
     It is that for which two linear models of steps and their images err least: of which flags flip where they were the same, from the numbers after it,
     `there` (K, M), and of how the numbers change where flags differ, from `inputs` (K, F) or their `images` and the flags. `signs` (M) mirrors numbers.
+    The second is told by many more steps, and its errors differ less: it counts four times. One flip of the rarest flag says nothing.
     """
     first, *others = orders = exchanges(before.shape[1])
     if not others:
@@ -387,10 +394,10 @@ def exchange_of_flags(before, after, here, there, inputs, images, signs) -> Tens
     def strangeness(order) -> float:
         ones, flags = torch.ones(int(flips.sum()), 1), torch.cat([before, after], 1)[apart]
         seen, shown = torch.cat([ones, there[flips]], 1), torch.cat([ones, there[flips] * signs], 1)
-        what = error(seen, shown, after[flips], after[flips][:, order]) if rarest > 1 else 0.0
+        of_flips = error(seen, shown, after[flips], after[flips][:, order]) if rarest > 1 else 0.0
         image = torch.cat([before[:, order], after[:, order]], 1)[apart]
         scaled = change / change.std(0).clamp(min=1e-9)
-        return what + 4 * error(torch.cat([inputs[apart], flags], 1), torch.cat([images[apart], image], 1), scaled, scaled * signs)
+        return of_flips + 4 * error(torch.cat([inputs[apart], flags], 1), torch.cat([images[apart], image], 1), scaled, scaled * signs)
 
     (least, best), (next_least, _), *_ = sorted(((strangeness(order), i) for i, order in enumerate(orders)))
     return orders[best] if next_least - least > 0.2 else None

@@ -329,7 +329,7 @@ def side_by_side(number: int):
 def score(peer, episodes: int) -> float:
     """The mean of as many greedy episodes, those of the kit's own evaluations."""
     act = lambda obs: torch.as_tensor(peer.predict(obs.numpy(), deterministic=True)[0])  # noqa: E731
-    return play(act, ENV, episodes, 10_000).returns.mean()
+    return play(act, ENV, episodes, 10_000, 1).returns.mean()
 
 
 def solve(number: int):

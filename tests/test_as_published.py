@@ -599,7 +599,7 @@ def test_the_policy_can_be_evaluated_like_that_of_any_run(tmp_path, monkeypatch)
     in_brief(monkeypatch)
     assert train(tmp_path) == 0
     settings, act = ppo_mbrl.load_policy(tmp_path)
-    assert ppo_mbrl.play(act, settings.env_id, 2, 20_000).returns.mean() == summary_of(tmp_path)["final_return_mean"]
+    assert ppo_mbrl.play(act, settings.env_id, 2, 20_000, 1).returns.mean() == summary_of(tmp_path)["final_return_mean"]
     assert json.loads((tmp_path / "config.json").read_text())["departures"] == "all"
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
@@ -312,7 +312,7 @@ def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, mome
     assert torch.equal(other.obs, obs) and other.real_steps == state["real_steps"] <= 3 * repeat * moment
     copy = [[*other.step(a), other.obs] for a in later]
     assert all(torch.equal(x, y) for a, b in zip(original, copy) for x, y in zip(a, b))
-    assert sum(int(step[2].sum()) for step in original) > 2 and other.real_steps == env.real_steps
+    assert sum(int(step[2].sum()) for step in original) > 2 and other.real_steps == env.real_steps and torch.equal(other.cut, env.cut)
 
 
 def test_no_two_environments_of_any_run_share_a_random_stream():
@@ -365,7 +365,7 @@ class Endless(Counted):
 
 
 def test_an_environment_without_a_time_limit_gets_one():
-    scores = ppo_mbrl.play(lambda obs: torch.zeros(len(obs), dtype=torch.long), registered("Endless-v0", entry_point=Endless), 2, 0)
+    scores = ppo_mbrl.play(lambda obs: torch.zeros(len(obs), dtype=torch.long), registered("Endless-v0", entry_point=Endless), 2, 0, 1)
     assert scores.lengths.tolist() == [10_000] * 2 and scores.timeouts.all() and scores.returns.tolist() == [10_000] * 2
     assert ppo_mbrl.make_env("CartPole-v1").spec.max_episode_steps == 500
 
@@ -408,12 +408,25 @@ def test_an_evaluation_takes_actions_for_as_long_as_training_does():
 
 
 def test_settings_in_actions_last_as_long_as_those_in_real_steps():
-    s = Settings(mode="simple", action_repeat=4, gather_limit=602, horizon=0)
-    short = s.per_action()
-    assert (short.dream_steps, short.gather_limit, short.gather_hold, short.horizon) == (30, 151, 15, 0)
-    assert short.gamma == pytest.approx(0.99 * 0.99 * 0.99 * 0.99) and short.good_lambda == pytest.approx(0.95**4)
-    assert (short.total_steps, short.eval_every, short.num_steps, short.reset_from, short.minibatch) == (20_000, 500, 1000, 4000, 512)
+    lengths = dict(gather_limit=602, gather_hold=61, dream_steps=121, horizon=599, horizon_max=303, realign=9, plan_horizon=13)
+    s = Settings(mode="simple", action_repeat=4, gamma=0.9, gae_lambda=0.8, good_gamma=0.95, good_lambda=0.7, **lengths)
+    before, short = asdict(s), asdict(s.per_action())
+    changed = {name: x for name, x in short.items() if x != before[name]}
+    in_actions = dict(gather_limit=151, gather_hold=16, dream_steps=31, horizon=150, horizon_max=76, realign=3, plan_horizon=4)
+    assert changed == pytest.approx(in_actions | dict(gamma=0.6561, gae_lambda=0.4096, good_gamma=0.81450625, good_lambda=0.2401))
     assert replace(s, action_repeat=1).per_action() == replace(s, action_repeat=1)
+    never = replace(s, horizon=0, gather_limit=0).per_action()
+    assert never.horizon == never.gather_limit == 0
+
+
+def test_each_ending_of_cartpole_is_good_however_many_real_steps_its_last_action_took():
+    for repeat in (1, 2, 3, 4):
+        env, replay = Environments("CartPole-v1", 2, 0, action_repeat=repeat), Replay(2, 4, 10)
+        torch.manual_seed(repeat)
+        replay.add(ppo_mbrl.collect(env, lambda obs: torch.randint(2, (2,)), 300))
+        ago, well = replay.endings(repeat)
+        assert len(well) > 20 and well.all()
+        assert repeat == 1 or (replay.steps.rewards[replay.steps.terminated] < replay.steps.rewards.median()).any()
 
 
 class Odd(gym.Env):
@@ -479,26 +492,40 @@ def test_so_many_real_episodes_are_greedy_and_no_others(share, greedy):
         assert found == 1 if greedy[episode] else 0.25 < found < 0.6  # of three actions
 
 
-@pytest.mark.parametrize("greedy, since", [(0.0, 60), (1.0, 120)])
-def test_in_old_episodes_and_no_others_actions_are_held(greedy, since):
-    s = Settings(env_id="MountainCar-v0", gather_greedy=greedy, gather_limit=180, gather_hold=30)
+def test_in_old_episodes_with_drawn_actions_and_no_others_actions_are_held():
+    s = Settings(env_id="MountainCar-v0", gather_greedy=0.0, gather_limit=190, gather_hold=30)
     env, agent = Environments(s.env_id, 60, 0, s.gather_limit), Agent(2, 3, 8)
-    agent.greedy = lambda obs: torch.full((len(obs),), -1 - bool(greedy))  # nobody else would
-    agent.act = lambda obs, temperature: torch.full((len(obs),), -1)
-    explore, rows, own = Explorer(agent, env, s), [], -1 - bool(greedy)
+    agent.act = lambda obs, temperature: torch.full((len(obs),), -1)  # nobody else would
+    explore, rows = Explorer(agent, env, s), []
     torch.manual_seed(0)
-    for step in range(1440):
-        assert env.ages().tolist() == [step % 180] * 60
+    for step in range(380):
+        assert env.ages().tolist() == [step % 190] * 60
         rows.append(explore(env.obs).numpy())
         env.step(torch.zeros(60).long())
-    rows = np.array(rows).reshape(8, 180, 60)
-    young, old = rows[:, :since], rows[:, since:].swapaxes(1, 2).reshape(-1, 180 - since)
-    assert (young == own).all() and set(np.unique(old)) == {own, 0, 1, 2}
+    rows = np.array(rows).reshape(2, 190, 60)
+    young, old = rows[:, :95], rows[:, 95:].swapaxes(1, 2).reshape(-1, 95)
+    assert (young == -1).all() and set(np.unique(old)) == {-1, 0, 1, 2}
     holds = [(key, len(list(group))) for row in old for key, group in itertools.groupby(row)]
     longest = max(length for key, length in holds if key >= 0)
     assert 0.5 < (old >= 0).mean() < 0.62 and 28 <= longest <= 90  # a hold may follow another of the same action at once
-    gaps = [length for key, length in holds if key == own]
+    gaps = [length for key, length in holds if key == -1]
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
+
+
+def test_greedy_episodes_hold_actions_only_if_the_one_before_was_cut_off():
+    s = Settings(env_id="CartPole-v1", gather_greedy=1.0, gather_limit=20, gather_hold=5)
+    env, agent, cut, seen = Environments(s.env_id, 30, 0, s.gather_limit), Agent(4, 2, 8), torch.zeros(30).bool(), set()
+    agent.greedy = lambda obs: torch.full((len(obs),), -1)
+    explore = Explorer(agent, env, s)
+    torch.manual_seed(0)
+    for _ in range(300):
+        assert torch.equal(env.cut, cut)
+        held = explore(env.obs) != -1
+        assert not (held & ~(cut & (env.ages() >= 10))).any()
+        seen |= {(bool(a), bool(b)) for a, b in zip(cut[env.ages() >= 10], held[env.ages() >= 10])}
+        _, _, terminated, truncated = env.step(torch.randint(2, (30,)))
+        cut = torch.where(terminated | truncated, truncated, cut)
+    assert seen == {(False, False), (True, False), (True, True)}
 
 
 @pytest.mark.parametrize("limit, hold, greedy", [(0, 5, 0.0), (100, 0, 0.0), (0, 5, 1.0)])

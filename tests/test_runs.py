@@ -181,13 +181,16 @@ def counting(monkeypatch) -> dict:
     return count
 
 
-@pytest.mark.parametrize("mode, num_envs, total", [("simple", 1, 90), ("simple", 3, 100), ("ppo", 4, 150), ("mpc", 1, 80)])
-def test_the_summary_tells_how_often_the_environment_was_stepped(mode, num_envs, total, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "mode, num_envs, total, repeat",
+    [("simple", 1, 90, 1), ("simple", 3, 100, 1), ("simple", 2, 150, 3), ("ppo", 4, 150, 1), ("ppo", 4, 150, 2), ("mpc", 1, 80, 2)],
+)
+def test_the_summary_tells_how_often_the_environment_was_stepped(mode, num_envs, total, repeat, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     count = counting(monkeypatch)
-    assert train(tmp_path, mode=mode, num_envs=num_envs, total_steps=total, eval_every=30) == 0
+    assert train(tmp_path, mode=mode, num_envs=num_envs, total_steps=total, eval_every=30, action_repeat=repeat) == 0
     assert summary_of(tmp_path)["real_steps"] == count["steps"] == rows_of(tmp_path)[-1]["real_steps"]
-    assert total <= count["steps"] < total + num_envs
+    assert total <= count["steps"] < total + num_envs * repeat
 
 
 def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
@@ -258,7 +261,9 @@ def fates(ended: float, ago: list, well: list, rates: tuple, asked: int = 1000):
     """Stands in for a replay: how real episodes ended, and how the reward grew."""
     endings = torch.tensor(ago).long(), torch.tensor(well).bool()
     return types.SimpleNamespace(
-        share_ended=lambda latest: {asked: ended}[latest], endings=lambda: endings, reward_rates=lambda latest: {asked: rates}[latest]
+        share_ended=lambda latest: {asked: ended}[latest],
+        endings=lambda action_repeat: endings,
+        reward_rates=lambda latest: {asked: rates}[latest],
     )
 
 
@@ -479,8 +484,8 @@ def test_evaluations_on_the_cpu_do_not_wake_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_rng_state", wake)
     before = torch.get_rng_state()
-    scores = ppo_mbrl.play(lambda obs: torch.randint(2, (len(obs),)), "CartPole-v1", 3, 7)
-    again = ppo_mbrl.play(lambda obs: torch.randint(2, (len(obs),)), "CartPole-v1", 3, 7)
+    scores = ppo_mbrl.play(lambda obs: torch.randint(2, (len(obs),)), "CartPole-v1", 3, 7, 1)
+    again = ppo_mbrl.play(lambda obs: torch.randint(2, (len(obs),)), "CartPole-v1", 3, 7, 1)
     assert (scores.returns == again.returns).all() and torch.equal(before, torch.get_rng_state())
 
 
@@ -620,7 +625,7 @@ def test_a_run_leaves_pictures_and_its_policy_can_be_evaluated_recorded_and_rebu
     assert result["returns"] == returns and result["episodes"] == 7 and result["env_id"] == "CartPole-v1"
     assert result["return_mean"] == pytest.approx(np.mean(returns)) and result["return_std"] == pytest.approx(np.std(returns))
     settings, act = ppo_mbrl.load_policy(folder)
-    assert ppo_mbrl.play(act, settings.env_id, 7, 123).returns.tolist() == returns
+    assert ppo_mbrl.play(act, settings.env_id, 7, 123, settings.action_repeat).returns.tolist() == returns
     assert act(torch.tensor(np.array(obs_seen))).tolist() == [rebuilt(tensors, obs) for obs in obs_seen]
     with Image.open(tmp_path / "cart.gif") as gif:
         assert gif.format == "GIF" and gif.size == (300, 200)
@@ -907,7 +912,7 @@ def test_a_signal_in_a_shell_saves_and_leaves(tmp_path):
 
 def final_score(folder: Path) -> float:
     settings, act = ppo_mbrl.load_policy(folder)
-    return float(ppo_mbrl.play(act, settings.env_id, 20, 0).returns.mean())
+    return float(ppo_mbrl.play(act, settings.env_id, 20, 0, settings.action_repeat).returns.mean())
 
 
 def test_ppo_learns_cartpole(tmp_path, monkeypatch):

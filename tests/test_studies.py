@@ -1,6 +1,7 @@
 """Studies: what the runner does with runs that finish, crash, are killed, or are wanted twice; and whether its statistics tell the truth."""
 
 import contextlib
+import csv
 import fcntl
 import io
 import itertools
@@ -481,6 +482,15 @@ def test_each_page_declares_arms_and_tests_that_exist(name):
     assert s.name == name and {job.arm for job in jobs} == set(s.arms)
     assert all(({test.arm} if isinstance(test, Often) else {test.of, test.than}) <= set(s.arms) for test in s.tests)
     assert len({job.folder for job in jobs}) == len(jobs)  # no two arms are one
+
+
+@pytest.mark.parametrize("path", sorted(run.RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+def test_committed_rows_are_of_runs_that_their_page_declares(path):
+    if "run" not in (rows := list(csv.DictReader(path.open())))[0]:
+        return  # not of a study
+    page = __import__(path.stem)
+    runs = {(job.arm, job.seed): job.run for job in run.expand(page.STUDY, run.parse_seeds(page.STUDY.seeds), run.ROOT / page.STUDY.script)}
+    assert all(runs[row["arm"], int(row["seed"])] == row["run"] for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------------------- the verdicts

@@ -939,8 +939,8 @@ def test_endings_say_how_long_ago_they_were_and_whether_they_paid_at_least_what_
     ended = torch.tensor([[0, 1], [0, 0], [1, 0], [0, 1]]).bool()
     obs = torch.zeros(4, 2, 1)
     replay.add(Rollout(obs[:1], torch.zeros(1, 2).long(), rewards[:1], obs[:1], ended[:1] & False, ended[:1] & False))
-    assert [len(x) for x in replay.endings()] == [0, 0]
+    assert [len(x) for x in replay.endings(1)] == [0, 0]
     replay = Replay(2, 1, 10)
     replay.add(Rollout(obs, torch.zeros(4, 2).long(), rewards, obs, ended, torch.zeros(4, 2).bool()))
-    ago, well = replay.endings()
+    ago, well = replay.endings(1)
     assert ago.tolist() == [6, 2, 0] and well.tolist() == [False, True, True]  # two environments: two real steps at a time
