@@ -292,7 +292,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
     rollout = Rollout(
         torch.zeros(3, 1, 2), torch.zeros(3, 1).long(), torch.tensor([[-2.0], [5.0], [-100.0]]), torch.zeros(3, 1, 2), ended, ended
     )
-    given, real, replay = [], (torch.zeros(1, 2), torch.zeros(1)), types.SimpleNamespace(steps=rollout)
+    given, real, replay = [], (torch.zeros(1, 2), torch.zeros(1)), types.SimpleNamespace(usual=lambda action_repeat: -2.0)
     update = lambda agent, optimizer, rollout, s, *rest: given.append((rollout.rewards[:, 0].tolist(), s, rest[-1])) or {}  # noqa: E731
     grounds = lambda agent, replay, charge, s: real if charge(rollout).rewards[2] == -25 else None  # noqa: E731
     for name, stand_in in dict(collect=lambda *_: rollout, ppo_update=update, real_returns=grounds).items():
