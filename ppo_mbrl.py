@@ -168,11 +168,6 @@ class Settings(ModelSettings):
         discounts = "gamma", "gae_lambda", "good_gamma", "good_lambda"
         return replace(self, **{name: math.ceil(s[name] / k) for name in lengths}, **{name: s[name] ** k for name in discounts})
 
-    @property
-    def held_from(self) -> float:
-        """The age of a real episode from which on actions are held."""
-        return self.gather_limit / 2 if self.gather_limit and self.gather_hold else math.inf
-
     def folder(self) -> Path:
         """The run folder. Its name holds what differs from the mode's defaults and no time stamp, so that rerunning finds it."""
         if self.run_dir:
@@ -628,6 +623,7 @@ class Explorer:
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         self.agent, self.env, self.s = agent, env, s
+        self.held_from = s.gather_limit / 2 if s.gather_limit and s.gather_hold else math.inf  # age of an episode
         self.held = self.left = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and how many more times they are taken
 
     def __call__(self, obs: Tensor) -> Tensor:
@@ -636,9 +632,9 @@ class Explorer:
         greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
         obs = obs.to(s.device)
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
-        if s.held_from == math.inf:
+        if self.held_from == math.inf:
             return actions
-        old = (self.env.ages() >= s.held_from) & (~greedy | self.env.cut)
+        old = (self.env.ages() >= self.held_from) & (~greedy | self.env.cut)
         begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about 60 % of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
         self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)

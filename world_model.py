@@ -349,7 +349,7 @@ def mirror_of_numbers(obs, actions, targets, usual, num_actions: int, limit: flo
     """The signs (M) of obs (K, M) and the exchange (A) of actions (K) under which the targets (K, M + 1), changes and reward, still follow. All are tried.
 
     They are told by a linear model of each action, fitted to those of the `usual` steps (K) that fit it best, nine tenths for each target. In a true
-    mirror its median error is about the usual one, in any other that of some target is twice as large or more: `limit` is between the two.
+    mirror its median error is about the usual one, in any other that of some target mostly more than `limit` times as large.
     """
     one_hot, ones = torch.eye(num_actions).double(), torch.ones(len(obs), 1).double()
     inputs = lambda obs, actions: (one_hot[actions][..., None] * torch.cat([ones, obs], 1)[:, None]).flatten(1)  # noqa: E731
@@ -387,17 +387,17 @@ def exchange_of_flags(before, after, here, there, inputs, images, signs) -> Tens
     if rarest == 0:
         return None  # one of them has not flipped yet
 
+    ones, change = torch.ones(int(flips.sum()), 1), change / change.std(0).clamp(min=1e-9)
+    seen, shown = torch.cat([ones, there[flips]], 1), torch.cat([ones, there[flips] * signs], 1)
+
     def error(x, x_image, y, y_image) -> float:
         x, y = torch.cat([x, x_image]).double(), torch.cat([y, y_image]).double()
         return math.log(float((x @ ridge(x, y, 1.0) - y).square().sum()) + 1e-12)
 
     def strangeness(order) -> float:
-        ones, flags = torch.ones(int(flips.sum()), 1), torch.cat([before, after], 1)[apart]
-        seen, shown = torch.cat([ones, there[flips]], 1), torch.cat([ones, there[flips] * signs], 1)
         of_flips = error(seen, shown, after[flips], after[flips][:, order]) if rarest > 1 else 0.0
-        image = torch.cat([before[:, order], after[:, order]], 1)[apart]
-        scaled = change / change.std(0).clamp(min=1e-9)
-        return of_flips + 4 * error(torch.cat([inputs[apart], flags], 1), torch.cat([images[apart], image], 1), scaled, scaled * signs)
+        known, image = (torch.cat([x, before[:, o], after[:, o]], 1)[apart] for x, o in ((inputs, first), (images, order)))
+        return of_flips + 4 * error(known, image, change, change * signs)
 
     (least, best), (next_least, _), *_ = sorted(((strangeness(order), i) for i, order in enumerate(orders)))
     return orders[best] if next_least - least > 0.2 else None
