@@ -737,8 +737,7 @@ class WorldModel(nn.Module):
         last_reward = self.point_error(self.last_reward_scale(step.rewards[..., None])[..., 0] - last_reward, None)
         surprise = F.binary_cross_entropy_with_logits(ending, step.terminated.to(ending.dtype), reduction="none")
         last = step.terminated
-        losses = (dynamics, valid), (reward, valid & ~last), (last_reward, valid & last), (surprise, valid)
-        return torch.stack([masked_mean(x, where) for x, where in losses])
+        return masked_mean(torch.stack([dynamics, reward, last_reward, surprise]), torch.stack([valid, valid & ~last, valid & last, valid]))
 
     # --- imagining
 
