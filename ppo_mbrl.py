@@ -100,7 +100,7 @@ class Settings(ModelSettings):
     gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
-    gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the one before was cut off, actions drawn at random are held for up to so many real steps: an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
+    gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the latest that came to this age was cut off, actions drawn at random are held for up to so many real steps: an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation, of a real step.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -235,9 +235,10 @@ def take(env: gym.Env, action: int, repeat: int) -> tuple[np.ndarray, float, boo
 class Environments:
     """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
 
-    `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the one before was cut off; `step` returns the true
+    `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the latest old one was cut off; `step` returns the true
     successors. Each action is taken for `action_repeat` real steps, `real_steps` of which they took together. Episodes are left after `limit` actions
-    (0: never). Any moment, also in the midst of episodes, can be saved: it is the random state before the last reset and the actions since.
+    (0: never); they are old after half as many. Any moment, also in the midst of episodes, can be saved: it is the random state before the last reset
+    and the actions since.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
@@ -257,17 +258,20 @@ class Environments:
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
-        next_obs, rewards = np.empty(self.obs.shape, np.float32), np.empty(len(self.envs), np.float32)
-        terminated, truncated = np.empty((2, len(self.envs)), bool)
-        for i, (env, action) in enumerate(zip(self.envs, actions.tolist())):
-            next_obs[i], rewards[i], terminated[i], truncated[i], steps = take(env, action + self.lowest, self.action_repeat)
-            self.real_steps += steps
-            self.past[i][1].append(action)
-            truncated[i] |= len(self.past[i][1]) >= self.limit and not terminated[i]
-        self.obs = torch.from_numpy(next_obs.copy())
+        steps = []
+        for env, (_, past), action in zip(self.envs, self.past, actions.tolist()):
+            obs, reward, terminated, truncated, real_steps = take(env, action + self.lowest, self.action_repeat)
+            self.real_steps += real_steps
+            past.append(action)
+            steps.append((obs, reward, terminated, truncated or (len(past) >= self.limit and not terminated)))
+        obs, rewards, terminated, truncated = map(np.array, zip(*steps))
+        next_obs = torch.from_numpy(obs.astype(np.float32))
+        self.obs = next_obs.clone()
         for i in (terminated | truncated).nonzero()[0]:
-            self.obs[i], self.cut[i] = self.begin(i), bool(truncated[i])
-        return tuple(map(torch.from_numpy, (rewards, next_obs, terminated, truncated)))
+            if len(self.past[i][1]) > self.limit / 2:
+                self.cut[i] = bool(truncated[i])
+            self.obs[i] = self.begin(i)
+        return torch.from_numpy(rewards.astype(np.float32)), next_obs, torch.from_numpy(terminated), torch.from_numpy(truncated)
 
     def ages(self) -> Tensor:
         """(N): actions since each episode began."""
@@ -802,9 +806,10 @@ class Run:
 
     def grown(self, share: float, since: float) -> bool:
         """Whether in this iteration the real steps have passed `since`, `since` (1 + share), `since` (1 + share)^2, ...; never if either is 0, nor in
-        the first iteration or the last: who begins anew at the end would never act (so a run that is made longer misses what fell on its end)."""
+        the first iteration, nor where no further growth is left: who begins anew near the end would hardly act (so a run that is made longer misses
+        what fell on its end)."""
         times = lambda steps: int(math.log(steps / since, 1 + share)) if steps >= since else -1  # noqa: E731
-        between = self.iteration > 0 and self.goes_on()
+        between = self.iteration > 0 and self.real_steps * (1 + share) <= self.settings.total_steps
         return share > 0 and since > 0 and between and times(self.real_steps) > times(self.saved["real_steps"])
 
     def temperature(self) -> float:

@@ -512,9 +512,9 @@ def test_in_old_episodes_with_drawn_actions_and_no_others_actions_are_held():
     assert 7 < np.mean(gaps) < 11  # a hold begins with a chance of 3 / 30 a step
 
 
-def test_greedy_episodes_hold_actions_only_if_the_one_before_was_cut_off():
+def test_greedy_episodes_hold_actions_only_if_the_latest_old_one_was_cut_off():
     s = Settings(env_id="CartPole-v1", gather_greedy=1.0, gather_limit=20, gather_hold=5)
-    env, agent, cut, seen = Environments(s.env_id, 30, 0, s.gather_limit), Agent(4, 2, 8), torch.zeros(30).bool(), set()
+    env, agent, cut, kept, seen = Environments(s.env_id, 30, 0, s.gather_limit), Agent(4, 2, 8), torch.zeros(30).bool(), 0, set()
     agent.greedy = lambda obs: torch.full((len(obs),), -1)
     explore = Explorer(agent, env, s)
     torch.manual_seed(0)
@@ -523,8 +523,11 @@ def test_greedy_episodes_hold_actions_only_if_the_one_before_was_cut_off():
         held = explore(env.obs) != -1
         assert not (held & ~(cut & (env.ages() >= 10))).any()
         seen |= {(bool(a), bool(b)) for a, b in zip(cut[env.ages() >= 10], held[env.ages() >= 10])}
+        old = env.ages() >= 10  # at its end it is more than half the limit
         _, _, terminated, truncated = env.step(torch.randint(2, (30,)))
-        cut = torch.where(terminated | truncated, truncated, cut)
+        kept += int((cut & terminated & ~old).sum())
+        cut = torch.where(old & (terminated | truncated), truncated, cut)
+    assert kept > 3  # short episodes that ended meanwhile alter nothing
     assert seen == {(False, False), (True, False), (True, True)}
 
 

@@ -348,11 +348,11 @@ def test_model_and_agent_begin_anew_as_the_data_grows_until_endings_are_good(goo
     told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
     told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
     told("dream_and_improve", lambda *given: f"dreamed {given[-1]} times")
-    # with --renew-growth 0.4 the data has grown at 140 and 196, at 126 and 176.4, or at 84, 118 and 165
-    more = dict(total_steps=180, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4, wm_first_updates=9, wm_updates=5)
+    # with --renew-growth 0.4 the data has grown at 140 and 196, at 126 and 176.4, or at 84, 118 and 165; from 240 / 1.4 = 171 on it is too late
+    more = dict(total_steps=240, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4, wm_first_updates=9, wm_updates=5)
     assert train(tmp_path, **more, rounds=2) == 0
     expected = [30, "fitted 9 times", "dreamed 6 times"]
-    for steps in (90, 120, 150, 180):
+    for steps in range(90, 241, 30):
         if steps in times:
             expected += [steps, "WorldModel anew", "fitted 7 times", "Agent anew", "dreamed 4 times"]
         else:
