@@ -9,8 +9,8 @@ Read it top to bottom: settings, real environments, agent, PPO, the three traini
 The model itself is in `world_model.py`. To try an idea: `cp ppo_mbrl.py my_idea.py`, change it, run it; the diff is the idea.
 
 Shapes: T time, N environments or dreams, O observation, A actions, B minibatch. `truncated` is a time-out: the value goes on after it.
-A step of agent, model and dream is an action, which takes `--action-repeat` real steps. Lengths of time and discounts are set, and real steps counted, in
-these; minibatches, windows of the model and imagined steps are in actions.
+A step of agent, model and dream is an action, which takes `--action-repeat` real steps. Lengths of time, discounts and the step counts of a run are in
+real steps; minibatches, windows of the model and imagined steps are in actions.
 """
 
 import contextlib
@@ -97,10 +97,10 @@ class Settings(ModelSettings):
     num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
-    gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
+    gather_greedy: float = setting(0.75, "Share of an agent's real episodes that are greedy, the first among them; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
-    gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the latest that came to this age was cut off, actions drawn at random are held for up to so many real steps: an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
+    gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the agent's latest of that age was cut off, random actions are held, each for up to so many real steps, so that an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation, of a real step.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -120,9 +120,9 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many real steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Scale the negative reward of an imagined ending by the larger of two shares: of recent real steps whose episode ended, and of good ones among the latest endings. --no-caution: charge it in full.", panel="Dreams")
-    renew_growth: float = setting(0.25, "Each time the data has grown by this share, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on model and agent begin anew, unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: they never do.", 0, 10**9, "Dreams")
+    caution: bool = setting(True, "Scale the negative reward of an ending, in dreams and where real steps ground the critic, by the larger of two shares: of recent real steps whose episode ended, and of good ones among the latest endings. --no-caution: charge it in full.", panel="Dreams")
+    renew_growth: float = setting(0.25, "Each time the data has grown by this share, and could once more before the run ends, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on it is model and agent that begin anew (see --renew-growth), unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: always the agent alone.", 0, 10**9, "Dreams")
     reset_updates: int = setting(2000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "Discount towards which --gamma moves as real episodes end well, or do not end.", 0, 1, "Dreams")
@@ -229,22 +229,22 @@ def take(env: gym.Env, action: int, repeat: int) -> tuple[np.ndarray, float, boo
         total += reward
         if terminated or truncated:
             break
-    return obs, total, terminated, truncated and not terminated, steps
+    return obs, float(total), bool(terminated), bool(truncated and not terminated), steps
 
 
 class Environments:
     """N real environments stepped in turn. A new episode begins in the step that ends the old one (SAME_STEP autoreset).
 
     `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the latest old one was cut off; `step` returns the true
-    successors. Each action is taken for `action_repeat` real steps, `real_steps` of which they took together. Episodes are left after `limit` actions
-    (0: never); they are old after half as many. Any moment, also in the midst of episodes, can be saved: it is the random state before the last reset
-    and the actions since.
+    successors. Each action is taken for `action_repeat` real steps; `real_steps` counts those of all environments. An episode is old after `limit` / 2
+    actions and cut off after `limit` (0: never); `leave` cuts off all of them. Any moment, also in the midst of episodes, can be saved: it is the random
+    state before the last reset and the actions since.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
         self.envs, self.action_repeat, self.real_steps = [make_env(env_id) for _ in range(num_envs)], action_repeat, 0
         self.past, self.limit = [None] * num_envs, limit or math.inf  # random state before the reset, actions since
-        self.episode, self.cut = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool)
+        self.episode, self.cut, self.leaving = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool), False
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
@@ -258,27 +258,39 @@ class Environments:
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
-        steps = []
+        steps, old = [], self.old()
         for env, (_, past), action in zip(self.envs, self.past, actions.tolist()):
             obs, reward, terminated, truncated, real_steps = take(env, action + self.lowest, self.action_repeat)
             self.real_steps += real_steps
             past.append(action)
-            steps.append((obs, reward, terminated, truncated or (len(past) >= self.limit and not terminated)))
+            left = self.leaving or len(past) >= self.limit
+            steps.append((obs, reward, terminated, truncated or (left and not terminated)))
         obs, rewards, terminated, truncated = map(np.array, zip(*steps))
         next_obs = torch.from_numpy(obs.astype(np.float32))
         self.obs = next_obs.clone()
         for i in (terminated | truncated).nonzero()[0]:
-            if len(self.past[i][1]) > self.limit / 2:
+            if old[i]:
                 self.cut[i] = bool(truncated[i])
             self.obs[i] = self.begin(i)
+        if self.leaving:
+            self.episode, self.cut, self.leaving = torch.ones_like(self.episode), torch.zeros_like(self.cut), False
         return torch.from_numpy(rewards.astype(np.float32)), next_obs, torch.from_numpy(terminated), torch.from_numpy(truncated)
+
+    def leave(self):
+        """Another agent acts from now on. The old episodes are cut off after its first action; then `episode` and `cut` begin anew."""
+        self.leaving = True
 
     def ages(self) -> Tensor:
         """(N): actions since each episode began."""
         return torch.tensor([len(actions) for _, actions in self.past])
 
+    def old(self) -> Tensor:
+        """(N): whether each episode has lasted half of `limit`."""
+        return self.ages() >= self.limit / 2
+
     def state_dict(self) -> dict:
-        return dict(past=[list(past) for past in self.past], episode=self.episode.clone(), cut=self.cut.clone(), real_steps=self.real_steps)
+        past, episode, cut = [[state, list(actions)] for state, actions in self.past], self.episode.clone(), self.cut.clone()
+        return dict(past=past, episode=episode, cut=cut, real_steps=self.real_steps, leaving=self.leaving)
 
     def load_state_dict(self, state: dict):
         for i, (random_state, actions) in enumerate(state["past"]):
@@ -288,7 +300,8 @@ class Environments:
             for action in actions:
                 self.obs[i] = torch.as_tensor(take(env, action + self.lowest, self.action_repeat)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
-        self.episode, self.cut, self.real_steps = state["episode"].clone(), state["cut"].clone(), state["real_steps"]
+        self.episode, self.cut = state["episode"].clone(), state["cut"].clone()
+        self.real_steps, self.leaving = state["real_steps"], state["leaving"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- agent
@@ -312,11 +325,11 @@ class Agent(nn.Module):
         self.actor = mlp(obs_dim, hidden, num_actions, last_gain=0.01)
         self.critic = mlp(obs_dim, hidden, 1, last_gain=1.0)
 
-    def logits(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    def logits(self, obs: Tensor, temperature: float = 1.0) -> Tensor:
         """(..., O) -> (..., A)."""
         return self.actor(self.normaliser(obs)) / temperature
 
-    def logprobs(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    def logprobs(self, obs: Tensor, temperature: float = 1.0) -> Tensor:
         """(..., O) -> log-probabilities of all actions (..., A)."""
         return self.logits(obs, temperature).log_softmax(-1)
 
@@ -325,7 +338,7 @@ class Agent(nn.Module):
         return self.critic(self.normaliser(obs)).squeeze(-1)
 
     @torch.inference_mode()
-    def act(self, obs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    def act(self, obs: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, O) -> sampled actions (N). The index of the smallest Exp(1) / p is a sample of p, and so it is if p is not normalised."""
         logits = self.logits(obs, temperature)
         return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
@@ -498,7 +511,10 @@ def train_simple(run: "Run"):
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
-        rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
+        begins = stuck or reset or run.iteration == 0
+        if begins:
+            env.leave()  # who begins is tried from the beginning of an episode
+        rounds = s.reset_rounds if reset else s.rounds * (3 if begins else 1)  # ... and learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, both, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
@@ -526,8 +542,8 @@ class Schedule(NamedTuple):
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
-    def of(cls, replay: Replay, s: Settings, latest: int = 10, real_steps: int = 1000) -> "Schedule":
-        steps = math.ceil(real_steps / s.action_repeat)
+    def of(cls, replay: Replay, s: Settings) -> "Schedule":
+        latest, steps = 10, math.ceil(1000 / s.action_repeat)
         ago, well = replay.endings(s.action_repeat)
         ago, well = ago[-latest:], well[-latest:]
         ended, good = replay.share_ended(steps), 0.0
@@ -547,8 +563,8 @@ class Schedule(NamedTuple):
         )
 
     def outgrown(self, steps: int, since: int) -> bool:
-        """Whether too few of the latest endings are good. At `since` steps a third is enough; the share needed grows with the data, for the better
-        would a new agent be. Where all are good, or none was ever seen and the reward grows, nothing is outgrown."""
+        """Whether too few of the latest endings are good. At `since` steps a third is enough; the share needed grows with the data, and so does
+        what a new agent would be worth. Where all are good, or none was ever seen and the reward grows, nothing is outgrown."""
         return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 
@@ -581,8 +597,8 @@ def dream_and_improve(
         log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
         logs.append(log | fates(rollout, usual))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    told = {"dream/disagreement": float(dream.disagreement), "dream/horizon": horizon * s.action_repeat}
-    return means | told | {"dream/caution": schedule.caution, "dream/good": schedule.good}
+    told = dict(disagreement=float(dream.disagreement), horizon=horizon * s.action_repeat, caution=schedule.caution, good=schedule.good)
+    return means | {f"dream/{name}": value for name, value in told.items()}
 
 
 @torch.no_grad()
@@ -595,8 +611,8 @@ def real_returns(agent: Agent, replay: Replay, charged, s: Settings, number: int
 
 
 def fates(rollout: Rollout, usual: float) -> dict[str, float]:
-    """How dreams fare in a rollout: their undiscounted return in it, and the shares that end well (with at least the `usual` reward), end badly, and
-    do not end."""
+    """How dreams fare in a rollout: their undiscounted return in it, and the shares that end well (with at least the `usual` reward: "positive" in the
+    log's names), end badly, and do not end."""
     dreams = rollout.rewards.shape[1] + int((rollout.terminated | rollout.truncated)[:-1].sum())
     good = int((rollout.terminated & (rollout.rewards >= usual)).sum())
     bad = int(rollout.terminated.sum()) - good
@@ -622,27 +638,26 @@ class Explorer:
     """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
 
     In old episodes random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a held one ends what
-    would go on for ever. Greedy episodes are left in peace unless the one before was cut off. It lives for one gathering, and so do its holds.
+    would go on for ever. In greedy episodes none is held unless the agent's latest old one was cut off. It lives for one gathering, and so do holds.
     """
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):
         self.agent, self.env, self.s = agent, env, s
-        self.held_from = s.gather_limit / 2 if s.gather_limit and s.gather_hold else math.inf  # age of an episode
-        self.held = self.left = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and how many more times they are taken
+        self.held = self.remaining = torch.zeros(len(env.envs), dtype=torch.long)  # (N) actions, and how many more times they are taken
 
     def __call__(self, obs: Tensor) -> Tensor:
         """(N, O) -> actions (N)."""
-        s, episode, (N,) = self.s, self.env.episode, self.left.shape
-        greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
+        s, episode, N = self.s, self.env.episode, len(obs)
+        greedy = (s.gather_greedy * episode).ceil() > (s.gather_greedy * (episode - 1)).ceil()
         obs = obs.to(s.device)
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
-        if self.held_from == math.inf:
+        if not (s.gather_limit and s.gather_hold):
             return actions
-        old = (self.env.ages() >= self.held_from) & (~greedy | self.env.cut)
-        begins = old & (self.left <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about 60 % of the time
+        old = self.env.old() & (~greedy | self.env.cut)
+        begins = old & (self.remaining <= 0) & (torch.rand(N) < 3 / s.gather_hold)  # so that actions are held for about 60 % of the time
         self.held = torch.where(begins, torch.randint(self.env.num_actions, (N,)), self.held)
-        self.left = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.left - 1)
-        return torch.where(old & (self.left > 0), self.held, actions)
+        self.remaining = torch.where(begins, torch.randint(1, s.gather_hold + 1, (N,)), self.remaining - 1)
+        return torch.where(old & (self.remaining > 0), self.held, actions)
 
 
 def train_mpc(run: "Run"):
@@ -809,8 +824,8 @@ class Run:
         the first iteration, nor where no further growth is left: who begins anew near the end would hardly act (so a run that is made longer misses
         what fell on its end)."""
         times = lambda steps: int(math.log(steps / since, 1 + share)) if steps >= since else -1  # noqa: E731
-        between = self.iteration > 0 and self.real_steps * (1 + share) <= self.settings.total_steps
-        return share > 0 and since > 0 and between and times(self.real_steps) > times(self.saved["real_steps"])
+        in_time = self.iteration > 0 and self.real_steps * (1 + share) <= self.settings.total_steps
+        return share > 0 and since > 0 and in_time and times(self.real_steps) > times(self.saved["real_steps"])
 
     def temperature(self) -> float:
         s = self.settings
@@ -857,7 +872,7 @@ class Run:
         return scores
 
     def evaluation(self) -> dict:
-        """Greedy, 20 episodes to follow progress and 100 once these average the threshold. Nothing depends on it but the log."""
+        """Greedy, 20 episodes to follow progress and 100 once these average the threshold. No training depends on it."""
         self.phase("evaluating")
         scores = self.play(20, 10_000)
         if scores.returns.mean() >= self.threshold:
@@ -930,7 +945,8 @@ def surroundings(s: Settings) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- run folder
 
 
-OWN = "config.json env.json summary.json policy.safetensors training.png reward_histogram.png dreams.png map.png".split()
+DIAGNOSIS = "reward_histogram.png", "dreams.png", "map.png"
+OWN = "config.json", "env.json", "summary.json", "policy.safetensors", "training.png", *DIAGNOSIS
 FOLDERS = "checkpoint", "world_model", "tensorboard"
 ESSENTIAL = "mode", "env_id", "seed"
 
@@ -968,7 +984,7 @@ def claimed(run: Run):
 
 def own_files(folder: Path) -> list[Path]:
     """Where a run, or a look at its model, has written or may write, the log apart."""
-    diagnosis = (folder / "world_model" / name for name in ("diagnosis.json", *OWN[-3:]))
+    diagnosis = (folder / "world_model" / name for name in ("diagnosis.json", *DIAGNOSIS))
     return [*(folder / name for name in OWN), *diagnosis, *folder.glob("tensorboard/events.out.tfevents.*"), *checkpoint_files(folder)]
 
 

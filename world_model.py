@@ -7,7 +7,7 @@ to the same `step` as the real one, `plan` searches through it. It knows nothing
     python world_model.py runs/LunarLander-v3/simple/seed_3 --wm-target ode
 
 Shapes: T time, N environments or dreams, E members, B batch, L window, O observation, A actions, F = O + A features, H memory.
-A step is an action here, for however many real steps it was taken.
+A step is an action here, for however many real steps it was taken; "real" ones were not imagined.
 Errors of the dynamics are always in standard deviations of the change of each observation from one step to the next.
 """
 
@@ -165,7 +165,7 @@ class Replay:
         time = torch.arange(len(over), device=over.device)[:, None]
         age = time - torch.where(began, time, -1 - self.going_on).cummax(0).values  # (T, N) steps since the episode began
         episode = self.episode + began.cumsum(0)
-        held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), from the third episode on, of two the second
+        held_out = episode % self.holdout == min(2, self.holdout - 1)  # (T, N), beginning with the third episode, or of two with the second
         self.going_on, self.episode = torch.where(over[-1], -1, age[-1]), episode[-1]
         T = len(self.age)
         self.buffers = [append(buffer, T, new) for buffer, new in zip(self.buffers, (*rollout, age, held_out))]
@@ -189,6 +189,12 @@ class Replay:
         """(T, N): the steps that no model was fitted to, the recent ones where there are any; all False while no episode is held out."""
         unseen = self.held_out & self.recent
         return unseen if unseen.any() else self.held_out
+
+    @property
+    def to_judge(self) -> Tensor:
+        """(T, N): the unseen steps, or, while there are none, the recent ones."""
+        unseen = self.unseen
+        return unseen if unseen.any() else self.recent
 
     def window(self, t: Tensor, n: Tensor, before: int, after: int) -> tuple[Rollout, Tensor]:
         """Steps t - before .. t + after - 1 of environments n, each field (L, *t.shape, ...), and which of them lie in step t's own episode."""
@@ -218,7 +224,7 @@ class Replay:
         return float(ended.float().mean())
 
     def usual(self, action_repeat: int) -> float:
-        """The median reward of an action, or of a real step where that is less: an episode may end with the first of its last action's."""
+        """The median reward of an action, divided by `action_repeat` where it is positive: an episode may end with the first of an action's steps."""
         median = float(self.steps.rewards.median())
         return min(median, median / action_repeat)
 
@@ -640,7 +646,7 @@ class WorldModel(nn.Module):
         gaussian = functools.partial(gaussian_error, beta=s.wm_beta)
         self.error = dict(gaussian=gaussian, squared=squared_error, absolute=absolute_error)[s.wm_likelihood]
         self.point_error = absolute_error if s.wm_likelihood == "absolute" else squared_error
-        self.noise = 1.0 if s.wm_likelihood == "gaussian" else 0.0
+        self.noisy = s.wm_likelihood == "gaussian"
         self.see = (lambda change: change) if sees_next else (lambda change: change[..., :0])
         verdicts = dict(
             member=lambda own, every: own, mean=lambda own, every: every().mean(0), agree=lambda own, every: every().min(0).values
@@ -659,7 +665,7 @@ class WorldModel(nn.Module):
         self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
-        """Takes scales from the fitted episodes (of observations from every k-th step, 100,000 or so), ranges and binary columns from all. Weights stay."""
+        """Takes scales and ranges of rewards from the fitted episodes (of observations from every k-th step, 100,000 or so), ranges of observations and binary columns from all. Weights stay."""
         both, thinned = (replay.steps.obs, replay.steps.next_obs), slice(None, None, 1 + len(replay) // 100_000)
         obs, next_obs = (x[thinned][~replay.held_out[thinned]] for x in both)
         self.binary.copy_(binary_columns(*both) & self.find_binary)
@@ -733,8 +739,8 @@ class WorldModel(nn.Module):
         flags = F.binary_cross_entropy_with_logits(logit, step.next_obs.clamp(0, 1), reduction="none")
         dynamics = torch.where(self.binary, flags, numbers).mean(-1)
         reward, last_reward, ending = self.outcome(x, step.next_obs - step.obs, hidden)
-        reward = self.point_error(self.reward_scale(step.rewards[..., None])[..., 0] - reward, None)
-        last_reward = self.point_error(self.last_reward_scale(step.rewards[..., None])[..., 0] - last_reward, None)
+        reward = self.point_error(self.reward_scale(step.rewards) - reward, None)
+        last_reward = self.point_error(self.last_reward_scale(step.rewards) - last_reward, None)
         surprise = F.binary_cross_entropy_with_logits(ending, step.terminated.to(ending.dtype), reduction="none")
         last = step.terminated
         return masked_mean(torch.stack([dynamics, reward, last_reward, surprise]), torch.stack([valid, valid & ~last, valid & last, valid]))
@@ -757,7 +763,7 @@ class WorldModel(nn.Module):
     def draw(self, expected: Transition) -> Tensor:
         """A sample of the next observation, clipped to the range of the data with a margin."""
         sample = expected.mean
-        if self.noise:
+        if self.noisy:
             sample = sample + torch.randn_like(sample) * (expected.logvar / 2).exp() * self.change_scale.std
         sample = torch.where(self.binary, (torch.rand_like(sample) < expected.logit.sigmoid()).to(sample.dtype), sample)
         return torch.clamp(sample, self.obs_low, self.obs_high)
@@ -875,8 +881,7 @@ def calibrate(model: WorldModel, replay: Replay, limit: int = 4096):
     Slope and shift of the logit (Platt, 1999) minimise the Brier score, with a prior towards no change. Under the log score a single ending
     that the model held impossible would flatten the slope until dreams die everywhere; the Brier score is proper too, but bounded.
     """
-    where = replay.unseen if replay.unseen.any() else replay.recent
-    judged = judge(model, replay, *spread(where.nonzero(), limit))
+    judged = judge(model, replay, *spread(replay.to_judge.nonzero(), limit))
     typical = [quantiles(x, 0.998)[0] for x in (judged.disagreement, judged.unusual)]
     model.typical.copy_(torch.stack(typical).clamp(min=1e-6))
     every = judged.outcome.ending
@@ -1024,18 +1029,18 @@ def error_curve(model: WorldModel, replay: Replay, length: int, where: Tensor) -
 
 def trusted_horizon(model: WorldModel, replay: Replay, limit: float, longest: int) -> int:
     """The number of steps, at least 1, until the held-out open-loop error exceeds `limit`: a better model dreams further (Lambert et al., 2021)."""
-    where = replay.unseen if replay.unseen.any() else replay.recent
-    within = error_curve(model, replay, longest, where) <= limit
+    within = error_curve(model, replay, longest, replay.to_judge) <= limit
     return max(1, int(within.cummin(0).values.sum()))
 
 
 def measure(model: WorldModel, replay: Replay, length: int = 20) -> dict[str, float | None]:
     """The model's errors on held-out recent steps, for the log; None where there are none, or no episode lasts `length` steps. Not random."""
     names = "wm/error_1step", "wm/error_openloop", "wm/reward_rmse", "wm/reward_tail_rmse"
-    if not replay.unseen.any():
+    unseen = replay.unseen
+    if not unseen.any():
         return dict.fromkeys(names)
-    curve = error_curve(model, replay, length, replay.unseen)
-    real, expected = expected_rewards(model, replay, replay.unseen)
+    curve = error_curve(model, replay, length, unseen)
+    real, expected = expected_rewards(model, replay, unseen)
     error, size = (real - expected).square(), (real - real.median()).abs()
     tail = size >= quantiles(size, 0.99)[0]
     last = float(curve[-1]) if len(curve) == length else None
@@ -1052,10 +1057,10 @@ def expected_rewards(model: WorldModel, replay: Replay, where: Tensor, limit: in
     return judged.steps.rewards, (ends * last_reward + (1 - ends) * reward).mean(0)
 
 
-def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
+def diagnose(model: WorldModel, replay: Replay) -> dict:
     """Where the model is wrong, on held-out episodes: by horizon, by size of the reward, by place, and whether endings are as frequent as expected."""
     where = replay.held_out
-    curve = error_curve(model, replay, length, where)
+    curve = error_curve(model, replay, 50, where)
     real, expected = expected_rewards(model, replay, where)
     size = (real - real.median()).abs()
     edges = [*quantiles(size, 0, 0.5, 0.9, 0.99), size.new_tensor(math.inf)]
@@ -1078,7 +1083,7 @@ def diagnose(model: WorldModel, replay: Replay, length: int = 50) -> dict:
         )
         for i, j in (~errors.isnan()).nonzero().tolist()
     ]
-    by_horizon = {k: float(curve[k - 1]) for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= len(curve)}
+    by_horizon = {k: float(curve[k - 1]) for k in (1, 2, 5, 10, 20, 50) if k <= len(curve)}
     endings = dict(steps=len(ends), expected=float(ends.sum()), real=int(judged.steps.terminated.sum()))
     return dict(error_by_horizon=by_horizon, reward_error_by_size=by_size, error_by_place=places, endings=endings)
 
