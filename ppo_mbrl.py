@@ -100,7 +100,7 @@ class Settings(ModelSettings):
     gather_greedy: float = setting(0.75, "Share of an agent's real episodes that are greedy, the first among them; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
-    gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the agent's latest of that age was cut off, random actions are held, each for up to so many real steps, so that an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
+    gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the latest of that age was cut off, random actions are held, each for up to so many real steps, so that an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation, of a real step.", 0, 1, "PPO", ppo=0.98)
     lr: float = setting(1e-3, "Adam's learning rate.", 1e-8, 1, "PPO", ppo=3e-4)
@@ -273,11 +273,11 @@ class Environments:
                 self.cut[i] = bool(truncated[i])
             self.obs[i] = self.begin(i)
         if self.leaving:
-            self.episode, self.cut, self.leaving = torch.ones_like(self.episode), torch.zeros_like(self.cut), False
+            self.episode, self.leaving = torch.ones_like(self.episode), False
         return torch.from_numpy(rewards.astype(np.float32)), next_obs, torch.from_numpy(terminated), torch.from_numpy(truncated)
 
     def leave(self):
-        """Another agent acts from now on. The old episodes are cut off after its first action; then `episode` and `cut` begin anew."""
+        """Another agent acts from now on. The old episodes are cut off after its first action, and episodes counted anew."""
         self.leaving = True
 
     def ages(self) -> Tensor:
@@ -638,7 +638,7 @@ class Explorer:
     """Acts in the real environment. Most episodes are greedy, for some rewards, such as for lying still, come to no policy that draws.
 
     In old episodes random actions are held (Dabney et al., 2021, with other durations): a hundred single steps undo each other, a held one ends what
-    would go on for ever. In greedy episodes none is held unless the agent's latest old one was cut off. It lives for one gathering, and so do holds.
+    would go on for ever. In greedy episodes none is held unless the latest old one was cut off. It lives for one gathering, and so do its holds.
     """
 
     def __init__(self, agent: Agent, env: Environments, s: Settings):

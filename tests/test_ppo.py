@@ -540,9 +540,11 @@ def test_whoever_begins_begins_with_an_episode_of_its_own():
     torch.manual_seed(0)
     while not (env.cut.any() and (env.episode > 3).all()):
         env.step(torch.randint(2, (8,)))
+    cut, old = env.cut.clone(), env.old()
     env.leave()
-    env.step(torch.zeros(8).long())  # those whose pole just fell begin twice
-    assert (env.ages() == 0).all() and (env.episode == 1).all() and not env.cut.any()
+    _, _, terminated, truncated = env.step(torch.zeros(8).long())
+    assert (terminated | truncated).all() and (env.ages() == 0).all() and (env.episode == 1).all()
+    assert torch.equal(env.cut, torch.where(old, truncated, cut))  # of those who stood the next ones are suspected as well
     ages = [env.ages().tolist() for _ in range(5) if env.step(torch.zeros(8).long())]
     assert ages == [[i] * 8 for i in range(1, 6)]  # and nobody is left again
 
