@@ -97,7 +97,7 @@ class Settings(ModelSettings):
     num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
-    gather_greedy: float = setting(0.75, "Share of an agent's real episodes that are greedy, the first among them; in the others actions are drawn.", 0, 1, "Exploring")
+    gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
     gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the latest of that age was cut off, random actions are held, each for up to so many real steps, so that an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
@@ -237,14 +237,14 @@ class Environments:
 
     `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the latest old one was cut off; `step` returns the true
     successors. Each action is taken for `action_repeat` real steps; `real_steps` counts those of all environments. An episode is old after `limit` / 2
-    actions and cut off after `limit` (0: never); `leave` cuts off all of them. Any moment, also in the midst of episodes, can be saved: it is the random
+    actions and cut off after `limit` (0: never). Any moment, also in the midst of episodes, can be saved: it is the random
     state before the last reset and the actions since.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
         self.envs, self.action_repeat, self.real_steps = [make_env(env_id) for _ in range(num_envs)], action_repeat, 0
         self.past, self.limit = [None] * num_envs, limit or math.inf  # random state before the reset, actions since
-        self.episode, self.cut, self.leaving = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool), False
+        self.episode, self.cut = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool)
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
@@ -263,8 +263,7 @@ class Environments:
             obs, reward, terminated, truncated, real_steps = take(env, action + self.lowest, self.action_repeat)
             self.real_steps += real_steps
             past.append(action)
-            left = self.leaving or len(past) >= self.limit
-            steps.append((obs, reward, terminated, truncated or (left and not terminated)))
+            steps.append((obs, reward, terminated, truncated or (len(past) >= self.limit and not terminated)))
         obs, rewards, terminated, truncated = map(np.array, zip(*steps))
         next_obs = torch.from_numpy(obs.astype(np.float32))
         self.obs = next_obs.clone()
@@ -272,13 +271,7 @@ class Environments:
             if old[i]:
                 self.cut[i] = bool(truncated[i])
             self.obs[i] = self.begin(i)
-        if self.leaving:
-            self.episode, self.leaving = torch.ones_like(self.episode), False
         return torch.from_numpy(rewards.astype(np.float32)), next_obs, torch.from_numpy(terminated), torch.from_numpy(truncated)
-
-    def leave(self):
-        """Another agent acts from now on. The old episodes are cut off after its first action, and episodes counted anew."""
-        self.leaving = True
 
     def ages(self) -> Tensor:
         """(N): actions since each episode began."""
@@ -290,7 +283,7 @@ class Environments:
 
     def state_dict(self) -> dict:
         past, episode, cut = [[state, list(actions)] for state, actions in self.past], self.episode.clone(), self.cut.clone()
-        return dict(past=past, episode=episode, cut=cut, real_steps=self.real_steps, leaving=self.leaving)
+        return dict(past=past, episode=episode, cut=cut, real_steps=self.real_steps)
 
     def load_state_dict(self, state: dict):
         for i, (random_state, actions) in enumerate(state["past"]):
@@ -300,8 +293,7 @@ class Environments:
             for action in actions:
                 self.obs[i] = torch.as_tensor(take(env, action + self.lowest, self.action_repeat)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
-        self.episode, self.cut = state["episode"].clone(), state["cut"].clone()
-        self.real_steps, self.leaving = state["real_steps"], state["leaving"]
+        self.episode, self.cut, self.real_steps = state["episode"].clone(), state["cut"].clone(), state["real_steps"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- agent
@@ -512,9 +504,7 @@ def train_simple(run: "Run"):
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
         begins = stuck or reset or run.iteration == 0
-        if begins:
-            env.leave()  # who begins is tried from the beginning of an episode
-        rounds = s.reset_rounds if reset else s.rounds * (3 if begins else 1)  # ... and learns for longer
+        rounds = s.reset_rounds if reset else s.rounds * (3 if begins else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, both, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
@@ -648,7 +638,7 @@ class Explorer:
     def __call__(self, obs: Tensor) -> Tensor:
         """(N, O) -> actions (N)."""
         s, episode, N = self.s, self.env.episode, len(obs)
-        greedy = (s.gather_greedy * episode).ceil() > (s.gather_greedy * (episode - 1)).ceil()
+        greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
         obs = obs.to(s.device)
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
         if not (s.gather_limit and s.gather_hold):

@@ -313,10 +313,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
 def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, True, stuck))
-    left, leave = [], ppo_mbrl.Environments.leave
-    monkeypatch.setattr(ppo_mbrl.Environments, "leave", lambda env: left.append(env.real_steps) or leave(env))
     assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from) == 0
-    assert left == [60, *times]  # who begins is tried from the beginning of an episode
     rows = rows_of(tmp_path)[1:]
     assert [row["real_steps"] for row in rows] == [60, 90, 120, 150, 180]
     # the data has grown at 60 x 1.4 = 84, 118, and at 165: too late for a run of 180
@@ -351,15 +348,13 @@ def test_model_and_agent_begin_anew_as_the_data_grows_until_endings_are_good(goo
     told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
     told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
     told("dream_and_improve", lambda *given: f"dreamed {given[-1]} times")
-    leave = ppo_mbrl.Environments.leave
-    monkeypatch.setattr(ppo_mbrl.Environments, "leave", lambda env: did.append("left") or leave(env))
     # with --renew-growth 0.4 the data has grown at 140 and 196, at 126 and 176.4, or at 84, 118 and 165; from 240 / 1.4 = 171 on it is too late
     more = dict(total_steps=240, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4, wm_first_updates=9, wm_updates=5)
     assert train(tmp_path, **more, rounds=2) == 0
-    expected = [30, "fitted 9 times", "left", "dreamed 6 times"]
+    expected = [30, "fitted 9 times", "dreamed 6 times"]
     for steps in range(90, 241, 30):
         if steps in times:
-            expected += [steps, "WorldModel anew", "fitted 7 times", "Agent anew", "left", "dreamed 4 times"]
+            expected += [steps, "WorldModel anew", "fitted 7 times", "Agent anew", "dreamed 4 times"]
         else:
             expected += [steps, "fitted 5 times", "dreamed 2 times"]
     assert did == expected
