@@ -360,6 +360,19 @@ def test_actions_may_start_anywhere_and_an_ending_at_the_time_limit_is_an_ending
         assert terminated.tolist() == [t % 7 == 0] * 2 and not truncated.any()
 
 
+class Loose(Counted):
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs.astype(np.float64), np.float64(reward), int(terminated), np.int64(truncated), info
+
+
+def test_numbers_and_flags_of_other_types_are_the_same_numbers_and_flags():
+    loose, strict = (Environments(registered(f"{c.__name__}-v0", entry_point=c), 2, 0) for c in (Loose, Counted))
+    for _ in range(15):
+        for ours, theirs in zip(loose.step(torch.tensor([0, 2])), strict.step(torch.tensor([0, 2]))):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 class Endless(Counted):
     def step(self, action):
         return np.zeros(2, np.float32), 1.0, False, False, {}
