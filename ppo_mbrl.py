@@ -237,8 +237,8 @@ class Environments:
 
     `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the latest old one was cut off; `step` returns the true
     successors. Each action is taken for `action_repeat` real steps; `real_steps` counts those of all environments. An episode is old after `limit` / 2
-    actions and cut off after `limit` (0: never). Any moment, also in the midst of episodes, can be saved: it is the random
-    state before the last reset and the actions since.
+    actions and cut off after `limit` (0: never). Any moment, also in the midst of episodes, can be saved: it is the random state before the last reset
+    and the actions since.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
@@ -553,8 +553,8 @@ class Schedule(NamedTuple):
         )
 
     def outgrown(self, steps: int, since: int) -> bool:
-        """Whether too few of the latest endings are good. At `since` steps a third is enough; the share needed grows with the data, and so does
-        what a new agent would be worth. Where all are good, or none was ever seen and the reward grows, nothing is outgrown."""
+        """Whether too few of the latest endings are good. At `since` steps a third is enough; the share needed grows with the data, for
+        with more of it a new agent is expected to be better. Where all are good, or none was ever seen and the reward grows, nothing is outgrown."""
         return not self.safe and self.good < 1 - 2 / 3 * since / steps
 
 

@@ -665,7 +665,8 @@ class WorldModel(nn.Module):
         self.register_buffer("typical", torch.ones(2))  # 99.8th percentiles of disagreement and autoencoder error on real steps
 
     def adapt(self, replay: Replay):
-        """Takes scales and ranges of rewards from the fitted episodes (of observations from every k-th step, 100,000 or so), ranges of observations and binary columns from all. Weights stay."""
+        """Takes all scales, and the ranges of rewards, from the fitted episodes (those of observations from every k-th step, 100,000 or so); the ranges of
+        observations and the binary columns from all. Weights stay."""
         both, thinned = (replay.steps.obs, replay.steps.next_obs), slice(None, None, 1 + len(replay) // 100_000)
         obs, next_obs = (x[thinned][~replay.held_out[thinned]] for x in both)
         self.binary.copy_(binary_columns(*both) & self.find_binary)

@@ -304,15 +304,17 @@ def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, mome
     draw = lambda: torch.as_tensor(rng.integers(env.num_actions, size=3))  # noqa: E731
     for _ in range(moment):
         env.step(draw())
+    env.cut[1] = True
     state, obs = unpack(pack(env.state_dict(), tensors := {}), tensors), env.obs.clone()
     later = [draw() for _ in range(200)]
     original = [[*env.step(a), env.obs] for a in later]
     other = Environments(env_id, 3, 999, 90, repeat)
     other.load_state_dict(state)
     assert torch.equal(other.obs, obs) and other.real_steps == state["real_steps"] <= 3 * repeat * moment
+    assert torch.equal(other.cut, state["cut"]) and other.cut[1] and torch.equal(other.episode, state["episode"])
     copy = [[*other.step(a), other.obs] for a in later]
     assert all(torch.equal(x, y) for a, b in zip(original, copy) for x, y in zip(a, b))
-    assert sum(int(step[2].sum()) for step in original) > 0 and other.real_steps == env.real_steps
+    assert sum(int((step[2] | step[3]).sum()) for step in original) > 2 and other.real_steps == env.real_steps
     assert torch.equal(other.cut, env.cut) and torch.equal(other.episode, env.episode)
 
 
