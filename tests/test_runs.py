@@ -402,7 +402,7 @@ RUNS = {
     "stuck": dict(env_id="MountainCar-v0", total_steps=180, gather_limit=25, renew_growth=0.5),  # nothing ends: the agent begins anew
     "reset": dict(
         env_id="MountainCar-v0",
-        total_steps=240,
+        total_steps=300,
         gather_limit=25,
         renew_growth=0.4,
         reset_from=150,
