@@ -258,7 +258,7 @@ class Environments:
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """actions (N) -> rewards (N), next_obs (N, O), terminated (N), truncated (N)."""
-        steps, old = [], self.old()
+        steps = []
         for env, (_, past), action in zip(self.envs, self.past, actions.tolist()):
             obs, reward, terminated, truncated, real_steps = take(env, action + self.lowest, self.action_repeat)
             self.real_steps += real_steps
@@ -268,7 +268,7 @@ class Environments:
         next_obs = torch.from_numpy(obs.astype(np.float32))
         self.obs = next_obs.clone()
         for i in (terminated | truncated).nonzero()[0]:
-            if old[i]:
+            if len(self.past[i][1]) - 1 >= self.limit / 2:  # it was old before its last action
                 self.cut[i] = bool(truncated[i])
             self.obs[i] = self.begin(i)
         return torch.from_numpy(rewards.astype(np.float32)), next_obs, torch.from_numpy(terminated), torch.from_numpy(truncated)
@@ -503,8 +503,7 @@ def train_simple(run: "Run"):
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
-        begins = stuck or reset or run.iteration == 0
-        rounds = s.reset_rounds if reset else s.rounds * (3 if begins else 1)  # who begins learns for longer
+        rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, both, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
