@@ -657,7 +657,7 @@ def test_a_planning_model_can_be_evaluated(tmp_path, monkeypatch, capsys):
 def test_the_diagnosis_of_a_run_tells_where_the_model_is_wrong(tmp_path, monkeypatch):
     in_brief(monkeypatch)
     assert train(tmp_path, warmup_steps=1600, total_steps=1630) == 0
-    words = [sys.executable, SCRIPTS / "world_model.py", "--updates", "300", "--wm-target", "ode", "--wm-updates", "5", tmp_path]
+    words = [sys.executable, SCRIPTS / "world_model.py", "--updates", "150", "--wm-target", "ode", "--wm-updates", "5", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Without effect outside a run: wm_updates." in done.stdout
@@ -924,6 +924,6 @@ def test_ppo_learns_cartpole(tmp_path, monkeypatch):
 
 def test_ppo_learns_cartpole_in_dreams(tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    words = dict(mode="simple", env_id="CartPole-v1", total_steps=2000, run_dir=tmp_path)
+    words = dict(mode="simple", env_id="CartPole-v1", warmup_steps=500, total_steps=1000, growth=0.25, wm_ensemble=3, run_dir=tmp_path)
     assert command(*flags(words)) == 0
     assert final_score(tmp_path) >= 400
