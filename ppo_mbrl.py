@@ -97,7 +97,7 @@ class Settings(ModelSettings):
     num_steps: int = setting(1000, "Real steps of each environment between two updates, at most.", 1, 10**9, "Real environment", ppo=1024, mpc=250)
     growth: float = setting(0.0625, "Gather this share of the real steps so far before the next fit, at most --num-steps of each environment: little data is soon learned.", 1e-6, 1e9, "Gathering")
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
-    gather_greedy: float = setting(0.75, "Share of real episodes that are greedy; in the others actions are drawn.", 0, 1, "Exploring")
+    gather_greedy: float = setting(0.75, "Share of an agent's real episodes that are greedy, the first among them; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
     gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
     gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the latest of that age was cut off, random actions are held, each for up to so many real steps, so that an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
@@ -120,9 +120,9 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many real steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: bool = setting(True, "Scale the negative reward of an ending, in dreams and where real steps ground the critic, by the larger of two shares: of recent real steps whose episode ended, and of good ones among the latest endings. --no-caution: charge it in full.", panel="Dreams")
+    caution: float = setting(2.0, "Scale the negative reward of an ending, in dreams and where real steps ground the critic, by the larger of two: the share of recent real steps whose episode ended, and this many times the share of good ones among the latest endings; above 1 crashes cost more than in full. 0: in full.", 0, 1e6, "Dreams")
     renew_growth: float = setting(0.25, "Each time the data has grown by this share, and could once more before the run ends, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
-    reset_from: int = setting(4000, "From so many real steps on it is model and agent that begin anew (see --renew-growth), unless enough of the latest ten endings were good: a third at first, 80 % when the data is 3.3 times as much. 0: always the agent alone.", 0, 10**9, "Dreams")
+    reset_from: int = setting(4000, "From so many real steps on it is model and agent that begin anew (see --renew-growth), unless enough of the latest ten episodes that ended or were left were good: a third at first, 80 % when the data is 3.3 times as much. 0: always the agent alone.", 0, 10**9, "Dreams")
     reset_updates: int = setting(2000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")
     reset_rounds: int = setting(60, "PPO updates of an agent that begins anew in such a model, before it acts.", 1, 1_000_000, "Dreams")
     good_gamma: float = setting(0.998, "Discount towards which --gamma moves as real episodes end well, or do not end.", 0, 1, "Dreams")
@@ -237,14 +237,14 @@ class Environments:
 
     `obs` (N, O) is where they are, `episode` (N) the number of the episode, `cut` (N) whether the latest old one was cut off; `step` returns the true
     successors. Each action is taken for `action_repeat` real steps; `real_steps` counts those of all environments. An episode is old after `limit` / 2
-    actions and cut off after `limit` (0: never). Any moment, also in the midst of episodes, can be saved: it is the random state before the last reset
-    and the actions since.
+    actions and cut off after `limit` (0: never); `leave` cuts off all of them. Any moment, also in the midst of episodes, can be saved: it is the random
+    state before the last reset and the actions since.
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, limit: int = 0, action_repeat: int = 1):
         self.envs, self.action_repeat, self.real_steps = [make_env(env_id) for _ in range(num_envs)], action_repeat, 0
         self.past, self.limit = [None] * num_envs, limit or math.inf  # random state before the reset, actions since
-        self.episode, self.cut = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool)
+        self.episode, self.cut, self.leaving = torch.zeros(num_envs, dtype=torch.long), torch.zeros(num_envs, dtype=torch.bool), False
         for env, stream in zip(self.envs, np.random.SeedSequence(seed).generate_state(num_envs, np.uint64)):
             env.reset(seed=int(stream))
         self.obs_dim, self.num_actions = self.envs[0].observation_space.shape[0], int(self.envs[0].action_space.n)
@@ -263,7 +263,8 @@ class Environments:
             obs, reward, terminated, truncated, real_steps = take(env, action + self.lowest, self.action_repeat)
             self.real_steps += real_steps
             past.append(action)
-            steps.append((obs, reward, terminated, truncated or (len(past) >= self.limit and not terminated)))
+            left = self.leaving or len(past) >= self.limit
+            steps.append((obs, reward, terminated, truncated or (left and not terminated)))
         obs, rewards, terminated, truncated = map(np.array, zip(*steps))
         next_obs = torch.from_numpy(obs.astype(np.float32))
         self.obs = next_obs.clone()
@@ -271,7 +272,13 @@ class Environments:
             if len(self.past[i][1]) - 1 >= self.limit / 2:  # it was old before its last action
                 self.cut[i] = bool(truncated[i])
             self.obs[i] = self.begin(i)
+        if self.leaving:
+            self.episode, self.leaving = torch.ones_like(self.episode), False
         return torch.from_numpy(rewards.astype(np.float32)), next_obs, torch.from_numpy(terminated), torch.from_numpy(truncated)
+
+    def leave(self):
+        """Another agent acts from now on. The old episodes are cut off after its first action, and episodes counted anew."""
+        self.leaving = True
 
     def ages(self) -> Tensor:
         """(N): actions since each episode began."""
@@ -283,7 +290,7 @@ class Environments:
 
     def state_dict(self) -> dict:
         past, episode, cut = [[state, list(actions)] for state, actions in self.past], self.episode.clone(), self.cut.clone()
-        return dict(past=past, episode=episode, cut=cut, real_steps=self.real_steps)
+        return dict(past=past, episode=episode, cut=cut, real_steps=self.real_steps, leaving=self.leaving)
 
     def load_state_dict(self, state: dict):
         for i, (random_state, actions) in enumerate(state["past"]):
@@ -293,7 +300,8 @@ class Environments:
             for action in actions:
                 self.obs[i] = torch.as_tensor(take(env, action + self.lowest, self.action_repeat)[0], dtype=torch.float32)
             self.past[i] = (random_state, list(actions))
-        self.episode, self.cut, self.real_steps = state["episode"].clone(), state["cut"].clone(), state["real_steps"]
+        self.episode, self.cut = state["episode"].clone(), state["cut"].clone()
+        self.real_steps, self.leaving = state["real_steps"], state["leaving"]
 
 
 # --------------------------------------------------------------------------------------------------------------------- agent
@@ -503,7 +511,10 @@ def train_simple(run: "Run"):
         run.phase("dreaming")  # line 6: improve the policy inside the model
         if stuck or reset:
             renew(optimizer, Agent(env.obs_dim, env.num_actions, s.hidden))
-        rounds = s.reset_rounds if reset else s.rounds * (3 if stuck or run.iteration == 0 else 1)  # who begins learns for longer
+        begins = stuck or reset or run.iteration == 0
+        if begins:
+            env.leave()  # who begins is tried from the beginning of an episode
+        rounds = s.reset_rounds if reset else s.rounds * (3 if begins else 1)  # ... and learns for longer
         log |= dream_and_improve(run, agent, optimizer, model, both, scale, schedule, rounds)
         run.end_iteration(log | {"wm/anew": int(reset), "dream/anew": int(stuck or reset)})
 
@@ -519,42 +530,44 @@ class Schedule(NamedTuple):
     """How PPO in dreams follows the fate of real episodes: first find a good ending, then make it safe.
 
     Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what the data lacks. As they come to end well, losses
-    count in full again, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
+    count in full and more, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
     """
 
     good: float  # share of good ones among the latest endings; it fades to 0 where nothing ends any more
-    caution: float  # share of a negative reward at an ending that is charged
+    caution: float  # so many times a negative reward at an ending is charged
     gamma: float
     gae_lambda: float
     grounding: float
-    safe: bool  # all of the latest endings were good; or nothing has ever ended, and the reward grows
+    fine: float  # the same for the latest episodes, those that were left among them, but 1 if all were good, or nothing ever ended and the reward grows
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
     def of(cls, replay: Replay, s: Settings) -> "Schedule":
         latest, steps = 10, math.ceil(1000 / s.action_repeat)
-        ago, well = replay.endings(s.action_repeat)
-        ago, well = ago[-latest:], well[-latest:]
-        ended, good = replay.share_ended(steps), 0.0
+        ago, well = (x[-latest:] for x in replay.endings(s.action_repeat))
+        finished = replay.finished(s.gather_limit, s.action_repeat)[-latest:]
+        ended, (before, now) = replay.share_ended(steps), replay.reward_rates(steps)
         if len(ago):
-            good = float(well.float().mean()) * min(1.0, max(0.0, 2 - int(ago[-1]) / steps))
+            fading, safe = min(1.0, max(0.0, 2 - int(ago[-1]) / steps)), bool(well.all())
+            good, fine = (fading * float(x.float().mean()) for x in (well, finished))
+            fine = 1.0 if finished.all() else fine
+        else:  # nothing has ever ended
+            good, safe, fine = 0.0, now > before, float(now > before)
         sight = max(1 - ended, good)
-        before, now = replay.reward_rates(steps)
-        safe = bool(well.all()) if len(ago) else now > before
         return cls(
             good=good,
-            caution=max(ended, good) if s.caution else 1.0,
+            caution=max(ended, s.caution * good) if s.caution else 1.0,
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            safe=safe,
+            fine=fine,
             stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
         )
 
     def outgrown(self, steps: int, since: int) -> bool:
-        """Whether too few of the latest endings are good. At `since` steps a third is enough; the share needed grows with the data, for
-        with more of it a new agent is expected to be better. Where all are good, or none was ever seen and the reward grows, nothing is outgrown."""
-        return not self.safe and self.good < 1 - 2 / 3 * since / steps
+        """Whether too few of the latest episodes were good. At `since` steps a third is enough; the share needed grows with the data, for
+        with more of it a new agent is expected to be better. Where all are good nothing is outgrown."""
+        return self.fine < 1 - 2 / 3 * since / steps
 
 
 def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):
@@ -586,7 +599,13 @@ def dream_and_improve(
         log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
         logs.append(log | fates(rollout, usual))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    told = dict(disagreement=float(dream.disagreement), horizon=horizon * s.action_repeat, caution=schedule.caution, good=schedule.good)
+    told = dict(
+        disagreement=float(dream.disagreement),
+        horizon=horizon * s.action_repeat,
+        caution=schedule.caution,
+        good=schedule.good,
+        fine=schedule.fine,
+    )
     return means | {f"dream/{name}": value for name, value in told.items()}
 
 
@@ -637,7 +656,7 @@ class Explorer:
     def __call__(self, obs: Tensor) -> Tensor:
         """(N, O) -> actions (N)."""
         s, episode, N = self.s, self.env.episode, len(obs)
-        greedy = (s.gather_greedy * episode).floor() > (s.gather_greedy * (episode - 1)).floor()
+        greedy = (s.gather_greedy * episode).ceil() > (s.gather_greedy * (episode - 1)).ceil()
         obs = obs.to(s.device)
         actions = torch.where(greedy, self.agent.greedy(obs).cpu(), self.agent.act(obs, s.gather_temperature).cpu())
         if not (s.gather_limit and s.gather_hold):

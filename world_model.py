@@ -53,7 +53,7 @@ class ModelSettings:
     wm_likelihood: Literal["gaussian", "squared", "absolute"] = setting("gaussian", "Loss of the dynamics; absolute is that of rewards, too. Only gaussian learns, and dreams with, the environment's noise.")
     wm_beta: float = setting(0.5, "Weight of a step in the gaussian loss: its standard deviation to the power of twice this; 0 is plain likelihood.", 0, 1)
     wm_ensemble: int = setting(5, "Members of the ensemble.", 1, 100)
-    wm_hidden: int = setting(64, "Width of every hidden layer.", 1, 10_000)
+    wm_hidden: int = setting(128, "Width of every hidden layer.", 1, 10_000)
     wm_layers: int = setting(3, "Hidden layers of each network.", 1, 20)
     wm_memory: Literal["none", "gru"] = setting("none", "What the model remembers of the episode so far.")
     wm_memory_size: int = setting(32, "Units of the GRU.", 1, 10_000)
@@ -232,6 +232,18 @@ class Replay:
         """All endings so far: how many steps each lies back (K), and whether it was good, with at least the usual reward (K)."""
         time, rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards
         return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= self.usual(action_repeat)
+
+    def finished(self, limit: int, action_repeat: int) -> Tensor:
+        """Of each episode that ended, or was left after `limit` actions, whether it was good (K): whether its ending was, or, if it was left, whether it
+        had returned as much by then as those with good endings do (the median). Those that were cut off at other lengths do not count."""
+        terminated, truncated, rewards = self.steps.terminated, self.steps.truncated, self.steps.rewards
+        t, n = (terminated | truncated).nonzero().unbind(-1)
+        sums, age = F.pad(rewards.cumsum(0), (0, 0, 1, 0)), self.age[t, n]
+        returned, ended, left = sums[t + 1, n] - sums[t - age, n], terminated[t, n], age + 1 == limit
+        good = ended & (rewards[t, n] >= self.usual(action_repeat))
+        if good.any():
+            good |= left & (returned >= returned[good].median())
+        return good[ended | left]
 
     def reward_rates(self, latest: int) -> tuple[float, float]:
         """The mean reward of a step before the latest so many real steps, among as many, and since then; NaN where there was none."""

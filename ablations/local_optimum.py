@@ -14,7 +14,7 @@ INGREDIENTS = {
     "heads (s, a)": dict(wm_heads="sa"),
     "newest data": dict(wm_newest=2000),
     "few refits": dict(wm_updates=50),  # a quarter of the model's updates; evaluations at the same steps as in all arms
-    "fear of endings": dict(caution=False),
+    "fear of endings": dict(caution=0.0),
     "far sight at once": dict(gamma=0.998),
     "long dreams trusted": dict(good_lambda=0.99, grounding=0.0),  # a critic that knows dreams only
     "whole episodes": dict(gather_limit=0),

@@ -111,7 +111,7 @@ class Job(NamedTuple):
 
 # What most studies share: runs so short, without resets and held actions, that what an ingredient does to one agent in one model is seen, and what has
 # become a default only since their rows were made.
-THEN = dict(mirror=False, num_steps=250, action_repeat=1, minibatch=2048, reset_updates=3000, renew_growth=0.5)
+THEN = dict(mirror=False, num_steps=250, action_repeat=1, minibatch=2048, reset_updates=3000, renew_growth=0.5, caution=1.0, wm_hidden=64)
 SHORT = dict(mode="simple", total_steps=6_000, reset_from=0, gather_hold=0, wm_ending="mean") | THEN
 
 # A smoke run is over within a minute on one core.

@@ -298,13 +298,15 @@ def test_a_time_out_is_truncated_and_not_terminated():
 
 
 @pytest.mark.parametrize("env_id, repeat", [("CartPole-v1", 1), ("LunarLander-v3", 1), ("LunarLander-v3", 3)])
-@pytest.mark.parametrize("moment", [0, 37, 150])
-def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, moment):
+@pytest.mark.parametrize("moment, leaving", [(0, False), (37, False), (150, False), (37, True)])
+def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, moment, leaving):
     env, rng = Environments(env_id, 3, 1, 90, repeat), np.random.default_rng(1)
     draw = lambda: torch.as_tensor(rng.integers(env.num_actions, size=3))  # noqa: E731
     for _ in range(moment):
         env.step(draw())
     env.cut[1] = True
+    if leaving:
+        env.leave()
     state, obs = unpack(pack(env.state_dict(), tensors := {}), tensors), env.obs.clone()
     later = [draw() for _ in range(200)]
     original = [[*env.step(a), env.obs] for a in later]
@@ -316,6 +318,7 @@ def test_environments_saved_in_mid_episode_go_on_bit_by_bit(env_id, repeat, mome
     assert all(torch.equal(x, y) for a, b in zip(original, copy) for x, y in zip(a, b))
     assert sum(int((step[2] | step[3]).sum()) for step in original) > 2 and other.real_steps == env.real_steps
     assert torch.equal(other.cut, env.cut) and torch.equal(other.episode, env.episode)
+    assert original[0][3].all() == leaving
 
 
 def test_no_two_environments_of_any_run_share_a_random_stream():
@@ -491,7 +494,7 @@ def test_a_run_is_called_what_its_curve_shows(curve, final, expected):
 # ----------------------------------------------------------------------------------------------------------------- exploring
 
 
-@pytest.mark.parametrize("share, greedy", [(0.0, [0, 0, 0, 0, 0]), (0.5, [0, 1, 0, 1, 0]), (0.75, [0, 1, 1, 1, 0]), (1.0, [1, 1, 1, 1, 1])])
+@pytest.mark.parametrize("share, greedy", [(0.0, [0, 0, 0, 0, 0]), (0.5, [1, 0, 1, 0, 1]), (0.75, [1, 1, 1, 0, 1]), (1.0, [1, 1, 1, 1, 1])])
 def test_so_many_real_episodes_are_greedy_and_no_others(share, greedy):
     s = Settings(env_id="MountainCar-v0", gather_greedy=share, gather_limit=20, gather_hold=0)
     env, agent = Environments(s.env_id, 50, 0, s.gather_limit), Agent(2, 3, 8)
@@ -545,6 +548,35 @@ def test_greedy_episodes_hold_actions_only_if_the_latest_old_one_was_cut_off():
         cut = torch.where(old & (terminated | truncated), truncated, cut)
     assert kept > 3  # short episodes that ended meanwhile alter nothing
     assert seen == {(False, False), (True, False), (True, True)}
+
+
+def test_whoever_begins_begins_with_an_episode_of_its_own():
+    env = Environments("CartPole-v1", 8, 0, limit=20)
+    torch.manual_seed(0)
+    while not (env.cut.any() and (env.episode > 3).all()):
+        env.step(torch.randint(2, (8,)))
+    cut, old = env.cut.clone(), env.old()
+    assert old.any() and not old.all()
+    env.leave()
+    _, _, terminated, truncated = env.step(torch.zeros(8).long())
+    assert (terminated | truncated).all() and (env.ages() == 0).all() and (env.episode == 1).all()
+    assert torch.equal(env.cut, torch.where(old, truncated, cut))  # of those who stood the next ones are suspected as well
+    for age in range(1, 6):  # and nobody is left again
+        env.step(torch.zeros(8).long())
+        assert (env.ages() == age).all()
+
+
+def test_an_episode_that_is_left_is_cut_off_unless_it_ends_by_itself():
+    env, ended, left = Environments("CartPole-v1", 50, 0), 0, 0
+    for _ in range(12):  # poles pushed to one side fall after 8 to 11 steps
+        state = env.state_dict()
+        env.leave()
+        _, _, terminated, truncated = env.step(torch.zeros(50).long())
+        assert torch.equal(truncated, ~terminated)
+        ended, left = ended + int(terminated.sum()), left + int(truncated.sum())
+        env.load_state_dict(state)
+        assert torch.equal(env.step(torch.zeros(50).long())[2], terminated)
+    assert ended > 40 and left > 400
 
 
 @pytest.mark.parametrize("limit, hold, greedy", [(0, 5, 0.0), (100, 0, 0.0), (0, 5, 1.0)])

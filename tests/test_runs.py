@@ -140,7 +140,7 @@ def test_every_pair_of_variants_of_the_model_runs(choice, tmp_path, monkeypatch)
         dict(mode="mpc", wm_memory="gru", wm_target="ode", num_envs=3),
         dict(horizon=0, horizon_max=12),
         dict(realign=2),
-        dict(gather_temperature=0.01, gather_greedy=0.0, gather_limit=7, caution=False, renew_growth=0.0, grounding=0.0),
+        dict(gather_temperature=0.01, gather_greedy=0.0, gather_limit=7, caution=0.0, renew_growth=0.0, grounding=0.0),
         dict(temperature_end=0.3),
         dict(wm_newest=40),
         dict(num_envs=3, wm_newest=20, beginnings=0.0, rare=0.0),
@@ -218,13 +218,15 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "caution, ended, ago, well, good, charged, gamma, gae_lambda",
     [
-        (False, 0.25, [], [], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
-        (True, 0.25, [9], [False], 0.0, 0.25, 0.98222, 0.8),  # a quarter of the steps came to an end
-        (True, 0.75, [9], [False], 0.0, 0.75, 0.94377, 0.8),  # 1 - 0.1^(3/4) 0.01^(1/4)
-        (True, 0.25, [9, 8], [False, True], 0.5, 0.5, 0.98222, 0.7),
-        (True, 0.25, [*range(12, 1, -1)], [True, False] + [True] * 9, 0.9, 0.9, 0.98741, 0.62),  # the latest ten; 1 - 0.1^0.1 0.01^0.9
-        (True, 0.0, [3000], [True], 0.0, 0.0, 0.99, 0.8),  # nothing ends any more
-        (True, 0.0, [1750, 1250], [False, True], 0.375, 0.375, 0.99, 0.725),  # three quarters of a half
+        (0.0, 0.25, [], [], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
+        (1.0, 0.25, [9], [False], 0.0, 0.25, 0.98222, 0.8),  # a quarter of the steps came to an end
+        (1.0, 0.75, [9], [False], 0.0, 0.75, 0.94377, 0.8),  # 1 - 0.1^(3/4) 0.01^(1/4)
+        (1.0, 0.25, [9, 8], [False, True], 0.5, 0.5, 0.98222, 0.7),
+        (3.0, 0.25, [9, 8], [False, True], 0.5, 1.5, 0.98222, 0.7),  # more than in full
+        (3.0, 0.25, [9], [False], 0.0, 0.25, 0.98222, 0.8),
+        (1.0, 0.25, [*range(12, 1, -1)], [True, False] + [True] * 9, 0.9, 0.9, 0.98741, 0.62),  # the latest ten; 1 - 0.1^0.1 0.01^0.9
+        (1.0, 0.0, [3000], [True], 0.0, 0.0, 0.99, 0.8),  # nothing ends any more
+        (1.0, 0.0, [1750, 1250], [False, True], 0.375, 0.375, 0.99, 0.725),  # three quarters of a half
     ],
 )
 def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, good, charged, gamma, gae_lambda):
@@ -252,18 +254,36 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, g
     ],
 )
 def test_an_agent_is_stuck_if_no_ending_is_good_and_nothing_gets_better(ended, ago, well, rates, stuck):
-    schedule = Schedule.of(fates(ended, [steps // 4 for steps in ago], well, rates, asked=250), Settings(action_repeat=4))
+    schedule = Schedule.of(fates(ended, [steps // 4 for steps in ago], well, rates, asked=250), Settings(action_repeat=4).per_action())
     assert schedule.stuck == stuck
-    assert schedule.safe == (False not in well[-10:] if well else rates[1] > rates[0])
 
 
-def fates(ended: float, ago: list, well: list, rates: tuple, asked: int = 1000):
+@pytest.mark.parametrize(
+    "ago, finished, rates, fine",
+    [
+        ([9], [True, False, False, True], (1, 0), 0.5),
+        ([9], [False] + [True] * 10, (1, 0), 1.0),  # the latest ten
+        ([1250], [True, False], (1, 0), 0.375),  # three quarters of a half
+        ([3000], [True, False], (1, 0), 0.0),
+        ([3000], [True, True], (1, 0), 1.0),  # a pole that is balanced for good
+        ([], [False], (0, 1), 1.0),  # an environment without endings
+        ([], [False], (1, 1), 0.0),
+        ([], [], (math.nan, 1), 0.0),
+    ],
+)
+def test_episodes_that_were_left_count_where_agents_are_outgrown(ago, finished, rates, fine):
+    schedule = Schedule.of(fates(0.5, ago, [True] * len(ago), rates, finished=finished), Settings(action_repeat=1))
+    assert schedule.fine == fine
+
+
+def fates(ended: float, ago: list, well: list, rates: tuple, asked: int = 1000, finished=(True,)):
     """Stands in for a replay: how real episodes ended, and how the reward grew."""
     endings = torch.tensor(ago).long(), torch.tensor(well).bool()
     return types.SimpleNamespace(
         share_ended=lambda latest: {asked: ended}[latest],
         endings=lambda action_repeat: endings,
         reward_rates=lambda latest: {asked: rates}[latest],
+        finished=lambda limit, action_repeat: {600 // action_repeat: torch.tensor(finished).bool()}[limit],
     )
 
 
@@ -299,7 +319,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
         monkeypatch.setattr(ppo_mbrl, name, stand_in)
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
-    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, safe=False, stuck=False)
+    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, fine=0.0, stuck=False)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, schedule, 2)
     assert len(given) == 2 and run.imagined_steps == 6
     assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
@@ -312,8 +332,11 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
 @pytest.mark.parametrize("stuck, reset_from, times", [(True, 0, [90, 120]), (True, 100, [90]), (False, 0, [])])
 def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, True, stuck))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, 1.0, stuck))
+    left, leave = [], ppo_mbrl.Environments.leave
+    monkeypatch.setattr(ppo_mbrl.Environments, "leave", lambda env: left.append(env.real_steps) or leave(env))
     assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from) == 0
+    assert left == [60, *times]  # who begins is tried from the beginning of an episode
     rows = rows_of(tmp_path)[1:]
     assert [row["real_steps"] for row in rows] == [60, 90, 120, 150, 180]
     # the data has grown at 60 x 1.4 = 84, 118, and at 165: too late for a run of 180
@@ -323,19 +346,18 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
 
 
 @pytest.mark.parametrize(
-    "good, safe, reset_from, times",
+    "fine, reset_from, times",
     [
-        (0.0, False, 100, [120, 150]),
-        (0.3, False, 90, [90, 150]),
-        (0.0, False, 60, [90, 120]),
-        (0.4, False, 100, [120, 150]),  # less than 1 - 2/3 100/120 = 0.44
-        (0.5, False, 100, [150]),  # less than 0.56
-        (0.6, False, 100, []),
-        (0.0, True, 100, []),  # nothing ends any more, and what did was good
-        (0.0, False, 0, []),
+        (0.0, 100, [120, 150]),
+        (0.3, 90, [90, 150]),
+        (0.0, 60, [90, 120]),
+        (0.4, 100, [120, 150]),  # less than 1 - 2/3 100/120 = 0.44
+        (0.5, 100, [150]),  # less than 0.56
+        (0.6, 100, []),
+        (0.0, 0, []),
     ],
 )
-def test_model_and_agent_begin_anew_as_the_data_grows_until_endings_are_good(good, safe, reset_from, times, tmp_path, monkeypatch):
+def test_model_and_agent_begin_anew_as_the_data_grows_until_episodes_are_good(fine, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     did = []
 
@@ -343,18 +365,20 @@ def test_model_and_agent_begin_anew_as_the_data_grows_until_endings_are_good(goo
         original = getattr(ppo_mbrl, name)
         monkeypatch.setattr(ppo_mbrl, name, lambda *given, **more: did.append(what(*given)) or original(*given, **more))
 
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(good, 1.0, 0.9, 0.9, 0.0, safe, False))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.5, 1.0, 0.9, 0.9, 0.0, fine, False))
     told("gather", lambda run, *_: run.real_steps + 30)
     told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
     told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
     told("dream_and_improve", lambda *given: f"dreamed {given[-1]} times")
+    leave = ppo_mbrl.Environments.leave
+    monkeypatch.setattr(ppo_mbrl.Environments, "leave", lambda env: did.append("left") or leave(env))
     # with --renew-growth 0.4 the data has grown at 140 and 196, at 126 and 176.4, or at 84, 118 and 165; from 240 / 1.4 = 171 on it is too late
     more = dict(total_steps=240, renew_growth=0.4, reset_from=reset_from, reset_updates=7, reset_rounds=4, wm_first_updates=9, wm_updates=5)
     assert train(tmp_path, **more, rounds=2) == 0
-    expected = [30, "fitted 9 times", "dreamed 6 times"]
+    expected = [30, "fitted 9 times", "left", "dreamed 6 times"]
     for steps in range(90, 241, 30):
         if steps in times:
-            expected += [steps, "WorldModel anew", "fitted 7 times", "Agent anew", "dreamed 4 times"]
+            expected += [steps, "WorldModel anew", "fitted 7 times", "Agent anew", "left", "dreamed 4 times"]
         else:
             expected += [steps, "fitted 5 times", "dreamed 2 times"]
     assert did == expected

@@ -944,3 +944,32 @@ def test_endings_say_how_long_ago_they_were_and_whether_they_paid_at_least_what_
     replay.add(Rollout(obs, torch.zeros(4, 2).long(), rewards, obs, ended, torch.zeros(4, 2).bool()))
     ago, well = replay.endings(1)
     assert ago.tolist() == [6, 2, 0] and well.tolist() == [False, True, True]  # two environments: two real steps at a time
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.sampled_from(["goes on", "ends", "is cut"]), st.sampled_from([-3.0, 0.0, 3.0])), min_size=2, max_size=60),
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from([1, 2]),
+)
+def test_finished_episodes_are_good_if_their_ending_was_or_they_returned_as_much(steps, limit, repeat):
+    steps = steps[: len(steps) // 2 * 2]  # of two environments
+    fates, rewards = [[x[i] for x in steps] for i in (0, 1)]
+    terminated, truncated = (torch.tensor([fate == name for fate in fates]).view(-1, 2) for name in ("ends", "is cut"))
+    replay, obs = Replay(2, 1, 10), torch.zeros(len(steps) // 2, 2, 1)
+    replay.add(Rollout(obs, obs[..., 0].long(), torch.tensor(rewards).view(-1, 2), obs, terminated, truncated))
+    median, now, found = float(np.sort(rewards)[(len(rewards) - 1) // 2]), [[], []], []
+    usual = min(median, median / repeat)
+    for i, (fate, reward) in enumerate(steps):
+        now[i % 2].append(reward)
+        if fate != "goes on":
+            found.append((fate, sum(now[i % 2]), len(now[i % 2]), reward))
+            now[i % 2] = []
+    paid = sorted(returned for fate, returned, _, last in found if fate == "ends" and last >= usual)
+    expected = []
+    for fate, returned, length, last in found:
+        if fate == "ends":
+            expected.append(last >= usual)
+        elif length == limit:  # left there, and not where another agent began, or the environment's time was up
+            expected.append(bool(paid) and returned >= paid[(len(paid) - 1) // 2])
+    assert replay.finished(limit, repeat).tolist() == expected
