@@ -277,7 +277,7 @@ class Environments:
         return torch.from_numpy(rewards.astype(np.float32)), next_obs, torch.from_numpy(terminated), torch.from_numpy(truncated)
 
     def leave(self):
-        """Another agent acts from now on. The old episodes are cut off after its first action, and episodes counted anew."""
+        """Another agent acts from now on. The old episodes are cut off after its first action, and episodes counted anew; `cut` stays what it is."""
         self.leaving = True
 
     def ages(self) -> Tensor:
@@ -599,13 +599,7 @@ def dream_and_improve(
         log = ppo_update(agent, optimizer, charged(rollout), s, temperature, run.tick, real)
         logs.append(log | fates(rollout, usual))
     means = {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
-    told = dict(
-        disagreement=float(dream.disagreement),
-        horizon=horizon * s.action_repeat,
-        caution=schedule.caution,
-        good=schedule.good,
-        fine=schedule.fine,
-    )
+    told = dict(disagreement=float(dream.disagreement), horizon=horizon * s.action_repeat) | schedule._asdict()
     return means | {f"dream/{name}": value for name, value in told.items()}
 
 
