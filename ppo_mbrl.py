@@ -538,7 +538,7 @@ class Schedule(NamedTuple):
     gamma: float
     gae_lambda: float
     grounding: float
-    fine: float  # the same for the latest episodes, those that were left among them, but 1 if all were good, or nothing ever ended and the reward grows
+    fine: float  # share of good ones among the latest episodes, left ones included; it fades, too, but is 1 if all were, or none ended and the reward grows
     stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod

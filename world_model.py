@@ -228,19 +228,22 @@ class Replay:
         median = float(self.steps.rewards.median())
         return min(median, median / action_repeat)
 
+    def good_endings(self, action_repeat: int) -> Tensor:
+        """(T, N): whether an episode ended here, with at least the usual reward."""
+        return self.steps.terminated & (self.steps.rewards >= self.usual(action_repeat))
+
     def endings(self, action_repeat: int) -> tuple[Tensor, Tensor]:
-        """All endings so far: how many steps each lies back (K), and whether it was good, with at least the usual reward (K)."""
-        time, rewards = self.steps.terminated.nonzero()[:, 0], self.steps.rewards
-        return (len(self.age) - 1 - time) * self.age.shape[1], rewards[self.steps.terminated] >= self.usual(action_repeat)
+        """All endings so far: how many steps each lies back (K), and whether it was good (K)."""
+        time = self.steps.terminated.nonzero()[:, 0]
+        return (len(self.age) - 1 - time) * self.age.shape[1], self.good_endings(action_repeat)[self.steps.terminated]
 
     def finished(self, limit: int, action_repeat: int) -> Tensor:
         """Of each episode that ended, or was left after `limit` actions, whether it was good (K): whether its ending was, or, if it was left, whether it
         had returned as much by then as those with good endings do (the median). Those that were cut off at other lengths do not count."""
-        terminated, truncated, rewards = self.steps.terminated, self.steps.truncated, self.steps.rewards
-        t, n = (terminated | truncated).nonzero().unbind(-1)
-        sums, age = F.pad(rewards.cumsum(0), (0, 0, 1, 0)), self.age[t, n]
-        returned, ended, left = sums[t + 1, n] - sums[t - age, n], terminated[t, n], age + 1 == limit
-        good = ended & (rewards[t, n] >= self.usual(action_repeat))
+        t, n = (self.steps.terminated | self.steps.truncated).nonzero().unbind(-1)
+        sums, age = F.pad(self.steps.rewards.cumsum(0), (0, 0, 1, 0)), self.age[t, n]
+        returned, ended, left = sums[t + 1, n] - sums[t - age, n], self.steps.terminated[t, n], age + 1 == limit
+        good = self.good_endings(action_repeat)[t, n]
         if good.any():
             good |= left & (returned >= returned[good].median())
         return good[ended | left]
