@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import ppo_mbrl
 import world_model
-from ppo_mbrl import Run, Schedule, Settings
+from ppo_mbrl import Run, Schedule, Scores, Settings
 from world_model import Rollout
 
 SCRIPTS = Path(ppo_mbrl.__file__).parent
@@ -492,6 +492,23 @@ def test_off_a_terminal_lines_say_what_is_left_once_that_can_be_told(tmp_path, m
     lines = [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines() if "|" in line]
     assert lines[0] == "0 %" and lines[-1] == "100 %"
     assert [line.split(",")[0] for line in lines[1:-1]] == ["67 %"] and all(line.endswith(" s left") for line in lines[1:-1])
+
+
+@pytest.mark.parametrize(
+    "first, others, episodes, solved", [(199, 300, 20, None), (200, 200, 100, 123), (300, 174, 100, None), (300, 175, 100, 123)]
+)
+def test_twenty_episodes_are_evaluated_and_eighty_more_where_these_reach_the_threshold(first, others, episodes, solved):
+    def play(number: int, seed: int) -> Scores:
+        seeds = np.arange(seed, seed + number)
+        return Scores(np.where(seeds < 10_020, first, others), seeds, np.zeros(number, bool))
+
+    run = types.SimpleNamespace(phase=str, play=play, threshold=200.0, steps_to_solve=None, real_steps=123)
+    row = Run.evaluation(run)
+    assert row["eval/episodes"] == episodes and run.steps_to_solve == solved
+    assert row["eval/length_mean"] == 10_000 + (episodes - 1) / 2  # each of these seeds once
+    assert row["eval/return_mean"] == (first * 20 + others * (episodes - 20)) / episodes
+    run.real_steps = 456
+    assert Run.evaluation(run) == row and run.steps_to_solve == solved
 
 
 def test_the_temperature_stops_at_its_end_where_the_last_steps_of_many_environments_go_beyond_it():
