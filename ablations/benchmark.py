@@ -2,7 +2,7 @@
 
     python ablations/benchmark.py                     all of it, about ten minutes; rows go to runs/benchmark/benchmark.csv
     python ablations/benchmark.py --only dreams,fit
-    python ablations/benchmark.py --only solve        whole runs until they solve the task: not among the rest, for a pair takes ten minutes
+    python ablations/benchmark.py --only solve        whole runs until they solve the task: not among the rest, for a pair takes ten to thirty minutes
     python ablations/benchmark.py --device cuda       dreams on a GPU against the CPU, from 200 to 1,048,576 of them
 
 CPU time is what is compared, so that other processes on the machine do little harm; only seeds side by side and the GPU go by the clock. "Bare"

@@ -56,7 +56,7 @@ def train(folder: Path, **settings) -> int:
 
 
 def in_brief(monkeypatch):
-    """Leaves out what takes long and is looked at elsewhere: two evaluation episodes instead of 20 or 100, and no pictures."""
+    """Leaves out what takes long and is looked at elsewhere: two evaluation episodes at a time, and no pictures."""
     play = ppo_mbrl.play
     briefly = lambda act, env_id, episodes, *rest, **more: play(act, env_id, min(episodes, 2), *rest, **more)  # noqa: E731
     monkeypatch.setattr(ppo_mbrl, "play", briefly)
@@ -498,14 +498,18 @@ def test_off_a_terminal_lines_say_what_is_left_once_that_can_be_told(tmp_path, m
     "first, others, episodes, solved", [(199, 300, 20, None), (200, 200, 100, 123), (300, 174, 100, None), (300, 175, 100, 123)]
 )
 def test_twenty_episodes_are_evaluated_and_eighty_more_where_these_reach_the_threshold(first, others, episodes, solved):
+    played = []
+
     def play(number: int, seed: int) -> Scores:
         seeds = np.arange(seed, seed + number)
-        return Scores(np.where(seeds < 10_020, first, others), seeds, np.zeros(number, bool))
+        played.extend(seeds)
+        return Scores(np.where(seeds < 10_020, first, others), seeds, seeds % 4 == 0)
 
     run = types.SimpleNamespace(phase=str, play=play, threshold=200.0, steps_to_solve=None, real_steps=123)
     row = Run.evaluation(run)
     assert row["eval/episodes"] == episodes and run.steps_to_solve == solved
-    assert row["eval/length_mean"] == 10_000 + (episodes - 1) / 2  # each of these seeds once
+    assert played == [*range(10_000, 10_000 + episodes)]
+    assert row["eval/length_mean"] == 10_000 + (episodes - 1) / 2 and row["eval/timeout_share"] == 0.25
     assert row["eval/return_mean"] == (first * 20 + others * (episodes - 20)) / episodes
     run.real_steps = 456
     assert Run.evaluation(run) == row and run.steps_to_solve == solved
