@@ -242,8 +242,8 @@ class Replay:
         had returned as much by then as those with good endings do (the median). Those that were cut off at other lengths do not count."""
         t, n = (self.steps.terminated | self.steps.truncated).nonzero().unbind(-1)
         sums, age = F.pad(self.steps.rewards.cumsum(0), (0, 0, 1, 0)), self.age[t, n]
-        returned, ended, left = sums[t + 1, n] - sums[t - age, n], self.steps.terminated[t, n], age + 1 == limit
-        good = self.good_endings(action_repeat)[t, n]
+        returned, ended = sums[t + 1, n] - sums[t - age, n], self.steps.terminated[t, n]
+        left, good = ~ended & (age + 1 == limit), self.good_endings(action_repeat)[t, n]
         if good.any():
             good |= left & (returned >= returned[good].median())
         return good[ended | left]

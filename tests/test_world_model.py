@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -951,6 +951,9 @@ def test_endings_say_how_long_ago_they_were_and_whether_they_paid_at_least_what_
     st.lists(st.tuples(st.sampled_from(["goes on", "ends", "is cut"]), st.sampled_from([-3.0, 0.0, 3.0])), min_size=2, max_size=60),
     st.sampled_from([0, 1, 3]),
     st.sampled_from([1, 2]),
+)
+@example(  # the bad ending comes in the step after which the episode would have been left, and no less was returned than by good ones
+    [("ends", 0.0), ("goes on", 0.0), ("ends", -3.0), ("goes on", -3.0), ("goes on", 0.0), ("ends", 0.0)], 1, 1
 )
 def test_finished_episodes_are_good_if_their_ending_was_or_they_returned_as_much(steps, limit, repeat):
     steps = steps[: len(steps) // 2 * 2]  # of two environments
