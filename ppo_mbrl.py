@@ -937,7 +937,8 @@ def surroundings(s: Settings) -> dict:
     """Versions, commit and machine, for env.json."""
     here, commit = Path(__file__).parent, ""
     with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        words = "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"  # HEAD, and "-dirty" behind it if there are changes
+        commit = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     machine = dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count())

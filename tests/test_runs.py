@@ -919,6 +919,21 @@ def test_a_machine_without_git_trains(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "env.json").read_text())["commit"] is None
 
 
+def test_the_commit_is_noted_and_that_files_differ_from_it(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
+    script = tmp_path / "ppo_mbrl.py"
+    script.write_text("pass")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=me", "-c", "user.email=me@example.org", "commit", "-m", "first")
+    git("tag", "v1")
+    monkeypatch.setattr(ppo_mbrl, "__file__", str(script))
+    head = git("rev-parse", "HEAD")
+    assert ppo_mbrl.surroundings(Settings())["commit"] == head
+    script.write_text("1 / 0")
+    assert ppo_mbrl.surroundings(Settings())["commit"] == head + "-dirty"
+
+
 def test_what_cant_be_evaluated_is_told(tmp_path, monkeypatch, capsys):
     in_brief(monkeypatch)
     assert command("evaluate", tmp_path / "nowhere") == 2
