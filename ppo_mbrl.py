@@ -533,26 +533,20 @@ class Schedule(NamedTuple):
     count in full and more, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
     """
 
-    good: float  # share of good ones among the latest endings; it fades to 0 where nothing ends any more
+    good: float  # share of good ones among the latest endings
     caution: float  # so many times a negative reward at an ending is charged
     gamma: float
     gae_lambda: float
     grounding: float
-    fine: float  # share of good ones among the latest episodes, left ones included; it fades, too, but is 1 if all were, or none ended and the reward grows
-    stuck: bool  # no good ending of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
+    fine: float  # share of good ones among the latest episodes, left ones included; where nothing has ever ended 1 if the reward grows
+    stuck: bool  # nothing was good of late, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
     def of(cls, replay: Replay, s: Settings) -> "Schedule":
         latest, steps = 10, math.ceil(1000 / s.action_repeat)
-        ago, well = (x[-latest:] for x in replay.endings(s.action_repeat))
-        finished = replay.finished(s.gather_limit, s.action_repeat)[-latest:]
+        endings, finished = replay.endings(s.action_repeat)[-latest:], replay.finished(s.gather_limit, s.action_repeat)[-latest:]
         ended, (before, now) = replay.share_ended(steps), replay.reward_rates(steps)
-        if len(ago):
-            fading, safe = min(1.0, max(0.0, 2 - int(ago[-1]) / steps)), bool(well.all())
-            good, fine = (fading * float(x.float().mean()) for x in (well, finished))
-            fine = 1.0 if finished.all() else fine
-        else:  # nothing has ever ended
-            good, safe, fine = 0.0, now > before, float(now > before)
+        good, fine = (float(x.float().mean()) for x in (endings, finished)) if len(endings) else (0.0, float(now > before))
         sight = max(1 - ended, good)
         return cls(
             good=good,
@@ -561,7 +555,7 @@ class Schedule(NamedTuple):
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
             fine=fine,
-            stuck=good == 0 and not safe and (ended < 0.5 or now <= before),
+            stuck=good == fine == 0 and (ended < 0.5 or now <= before),
         )
 
     def outgrown(self, steps: int, since: int) -> bool:

@@ -232,10 +232,9 @@ class Replay:
         """(T, N): whether an episode ended here, with at least the usual reward."""
         return self.steps.terminated & (self.steps.rewards >= self.usual(action_repeat))
 
-    def endings(self, action_repeat: int) -> tuple[Tensor, Tensor]:
-        """All endings so far: how many steps each lies back (K), and whether it was good (K)."""
-        time = self.steps.terminated.nonzero()[:, 0]
-        return (len(self.age) - 1 - time) * self.age.shape[1], self.good_endings(action_repeat)[self.steps.terminated]
+    def endings(self, action_repeat: int) -> Tensor:
+        """Of each ending so far, whether it was good (K)."""
+        return self.good_endings(action_repeat)[self.steps.terminated]
 
     def finished(self, limit: int, action_repeat: int) -> Tensor:
         """Of each episode that ended, or was left after `limit` actions, whether it was good (K): whether its ending was, or, if it was left, whether it
