@@ -216,72 +216,67 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "caution, ended, ago, well, good, charged, gamma, gae_lambda",
+    "caution, ended, well, good, charged, gamma, gae_lambda",
     [
-        (0.0, 0.25, [], [], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
-        (1.0, 0.25, [9], [False], 0.0, 0.25, 0.98222, 0.8),  # a quarter of the steps came to an end
-        (1.0, 0.75, [9], [False], 0.0, 0.75, 0.94377, 0.8),  # 1 - 0.1^(3/4) 0.01^(1/4)
-        (1.0, 0.25, [9, 8], [False, True], 0.5, 0.5, 0.98222, 0.7),
-        (3.0, 0.25, [9, 8], [False, True], 0.5, 1.5, 0.98222, 0.7),  # more than in full
-        (3.0, 0.25, [9], [False], 0.0, 0.25, 0.98222, 0.8),
-        (1.0, 0.25, [*range(12, 1, -1)], [True, False] + [True] * 9, 0.9, 0.9, 0.98741, 0.62),  # the latest ten; 1 - 0.1^0.1 0.01^0.9
-        (1.0, 0.0, [3000], [True], 0.0, 0.0, 0.99, 0.8),  # nothing ends any more
-        (1.0, 0.0, [1750, 1250], [False, True], 0.375, 0.375, 0.99, 0.725),  # three quarters of a half
+        (0.0, 0.25, [], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
+        (1.0, 0.25, [False], 0.0, 0.25, 0.98222, 0.8),  # a quarter of the steps came to an end
+        (1.0, 0.75, [False], 0.0, 0.75, 0.94377, 0.8),  # 1 - 0.1^(3/4) 0.01^(1/4)
+        (1.0, 0.25, [False, True], 0.5, 0.5, 0.98222, 0.7),
+        (3.0, 0.25, [False, True], 0.5, 1.5, 0.98222, 0.7),  # more than in full
+        (3.0, 0.25, [False], 0.0, 0.25, 0.98222, 0.8),
+        (1.0, 0.25, [True, False] + [True] * 9, 0.9, 0.9, 0.98741, 0.62),  # the latest ten; 1 - 0.1^0.1 0.01^0.9
+        (1.0, 0.0, [False, True], 0.5, 0.5, 0.99, 0.7),  # nothing ends any more
     ],
 )
-def test_the_schedule_follows_how_real_episodes_end(caution, ended, ago, well, good, charged, gamma, gae_lambda):
+def test_the_schedule_follows_how_real_episodes_end(caution, ended, well, good, charged, gamma, gae_lambda):
     s = Settings(action_repeat=1, caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
-    found = Schedule.of(fates(ended, ago, well, (0, 1)), s)
+    found = Schedule.of(fates(ended, well, (0, 1)), s)
     assert found[:5] == pytest.approx((good, charged, gamma, gae_lambda, 3 * good), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "ended, ago, well, rates, stuck",
+    "ended, well, finished, rates, stuck",
     [
         (0.0, [], [], (0, 1), False),  # an environment without endings
         (0.0, [], [], (1, 1), True),
-        (0.0, [3000] * 12, [False] * 2 + [True] * 10, (1, 1), False),  # nothing to shun: a pole that is balanced for good
-        (0.45, [3000], [False], (0, 1), True),  # hovering
-        (0.55, [3000], [False], (0, 1), False),
-        (0.1, [3500, 3000], [False, True], (1, 0), True),  # a good ending, long ago
-        (0.1, [1900], [True], (1, 0), False),
-        (0.9, [50, 9], [False, False], (0, 1), False),  # still learning how to crash
-        (0.9, [50, 9], [False, False], (1, 1), True),
-        (0.9, [50, 9], [False, False], (math.nan, 0), False),  # nothing to compare with yet
+        (0.0, [False] * 2 + [True] * 10, [True], (1, 1), False),  # nothing to shun: a pole that is balanced for good
+        (0.45, [False], [False], (0, 1), True),  # hovering
+        (0.55, [False], [False], (0, 1), False),
+        (0.1, [False, True], [False], (1, 0), False),
+        (0.1, [False] * 10, [True] + [False] * 9, (1, 0), False),  # one that was left had returned enough
+        (0.9, [False, False], [False], (0, 1), False),  # still learning how to crash
+        (0.9, [False, False], [False], (1, 1), True),
+        (0.9, [False, False], [False], (math.nan, 0), False),  # nothing to compare with yet
         (0.0, [], [], (math.nan, 0), True),
-        (0.9, [50] * 10, [True] + [False] * 9, (1, 0), False),
-        (0.9, [50] * 11, [True] + [False] * 10, (1, 0), True),  # the latest ten
+        (0.9, [True] + [False] * 9, [False], (1, 0), False),
+        (0.9, [True] + [False] * 10, [True] + [False] * 10, (1, 0), True),  # the latest ten
     ],
 )
-def test_an_agent_is_stuck_if_no_ending_is_good_and_nothing_gets_better(ended, ago, well, rates, stuck):
-    schedule = Schedule.of(fates(ended, [steps // 4 for steps in ago], well, rates, asked=250), Settings(action_repeat=4).per_action())
+def test_an_agent_is_stuck_if_nothing_is_good_and_nothing_gets_better(ended, well, finished, rates, stuck):
+    schedule = Schedule.of(fates(ended, well, rates, asked=250, finished=finished), Settings(action_repeat=4).per_action())
     assert schedule.stuck == stuck
 
 
 @pytest.mark.parametrize(
-    "ago, finished, rates, fine",
+    "well, finished, rates, fine",
     [
-        ([9], [True, False, False, True], (1, 0), 0.5),
-        ([9], [False] + [True] * 10, (1, 0), 1.0),  # the latest ten
-        ([1250], [True, False], (1, 0), 0.375),  # three quarters of a half
-        ([3000], [True, False], (1, 0), 0.0),
-        ([3000], [True, True], (1, 0), 1.0),  # a pole that is balanced for good
+        ([True], [True, False, False, True], (1, 0), 0.5),
+        ([False], [False] + [True] * 10, (1, 0), 1.0),  # the latest ten
         ([], [False], (0, 1), 1.0),  # an environment without endings
         ([], [False], (1, 1), 0.0),
         ([], [], (math.nan, 1), 0.0),
     ],
 )
-def test_episodes_that_were_left_count_where_agents_are_outgrown(ago, finished, rates, fine):
-    schedule = Schedule.of(fates(0.5, ago, [True] * len(ago), rates, finished=finished), Settings(action_repeat=1))
+def test_episodes_that_were_left_count_where_agents_are_outgrown(well, finished, rates, fine):
+    schedule = Schedule.of(fates(0.5, well, rates, finished=finished), Settings(action_repeat=1))
     assert schedule.fine == fine
 
 
-def fates(ended: float, ago: list, well: list, rates: tuple, asked: int = 1000, finished=(True,)):
+def fates(ended: float, well: list, rates: tuple, asked: int = 1000, finished=(True,)):
     """Stands in for a replay: how real episodes ended, and how the reward grew."""
-    endings = torch.tensor(ago).long(), torch.tensor(well).bool()
     return types.SimpleNamespace(
         share_ended=lambda latest: {asked: ended}[latest],
-        endings=lambda action_repeat: endings,
+        endings=lambda action_repeat: torch.tensor(well).bool(),
         reward_rates=lambda latest: {asked: rates}[latest],
         finished=lambda limit, action_repeat: {600 // action_repeat: torch.tensor(finished).bool()}[limit],
     )
