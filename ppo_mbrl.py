@@ -529,8 +529,8 @@ def learn(run: "Run", model: WorldModel, optimizer, replay: Replay, anew: bool =
 class Schedule(NamedTuple):
     """How PPO in dreams follows the fate of real episodes: first find a good ending, then make it safe.
 
-    Where real episodes no longer end, as in hovering, endings lose their horror, and dreams dare what the data lacks. As they come to end well, losses
-    count in full and more, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
+    Where real episodes no longer end and none was good, as in hovering, endings lose their horror, and dreams dare what the data lacks. As they come to
+    end well, losses count in full and more, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
     """
 
     good: float  # share of good ones among the latest ten episodes; where nothing has ever ended, 1 if the reward grows, else 0
@@ -925,11 +925,15 @@ def verdict(summary: dict) -> str:
 
 
 def surroundings(s: Settings) -> dict:
-    """Versions, commit and machine, for env.json."""
-    here, commit = Path(__file__).parent, ""
+    """Versions, commit ("-dirty" if files here differ from it) and machine, for env.json."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True).stdout.strip()
+
+    commit = ""
     with contextlib.suppress(OSError):  # no git
-        words = "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"  # HEAD, and "-dirty" behind it if there are changes
-        commit = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True).stdout.strip()
+        commit = git("rev-parse", "--verify", "HEAD")
+        commit += "-dirty" if commit and git("status", "--porcelain", ".") else ""
     versions = {module.__name__: module.__version__ for module in (torch, gym, np)}
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     machine = dict(platform=platform.platform(), cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count())

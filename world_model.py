@@ -228,18 +228,14 @@ class Replay:
         median = float(self.steps.rewards.median())
         return min(median, median / action_repeat)
 
-    def good_endings(self, action_repeat: int) -> Tensor:
-        """(T, N): whether an episode ended here, with at least the usual reward."""
-        return self.steps.terminated & (self.steps.rewards >= self.usual(action_repeat))
-
     def finished(self, limit: int, action_repeat: int) -> Tensor:
-        """Of each episode that ended, or was left after `limit` actions, in order, whether it was good (K): whether its ending was, or, if it was left, whether
-        it had returned as much by then as those with good endings do (the median). Those that were cut off at other lengths do not count. None (K = 0)
-        while nothing has ever ended."""
+        """Of each episode that ended, or was left after `limit` actions, in order, whether it was good (K): whether it ended with at least the usual reward, or,
+        if it was left, had returned as much by then as those that ended so do (the median). Those that were cut off at other lengths do not count, and none
+        does (K = 0) while nothing has ever ended."""
         t, n = (self.steps.terminated | self.steps.truncated).nonzero().unbind(-1)
         sums, age = F.pad(self.steps.rewards.cumsum(0), (0, 0, 1, 0)), self.age[t, n]
         returned, ended = sums[t + 1, n] - sums[t - age, n], self.steps.terminated[t, n]
-        left, good = ~ended & (age + 1 == limit), self.good_endings(action_repeat)[t, n]
+        left, good = ~ended & (age + 1 == limit), ended & (self.steps.rewards[t, n] >= self.usual(action_repeat))
         if good.any():
             good |= left & (returned >= returned[good].median())
         return good[ended | left] if ended.any() else good[:0]

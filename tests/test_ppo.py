@@ -443,8 +443,8 @@ def test_each_ending_of_cartpole_is_good_however_many_real_steps_its_last_action
         env, replay = Environments("CartPole-v1", 2, 0, action_repeat=repeat), Replay(2, 4, 10)
         torch.manual_seed(repeat)
         replay.add(ppo_mbrl.collect(env, lambda obs: torch.randint(2, (2,)), 300))
-        well = replay.endings(repeat)
-        assert len(well) > 20 and well.all()
+        finished = replay.finished(0, repeat)
+        assert len(finished) > 20 and finished.all()
         assert repeat == 1 or (replay.steps.rewards[replay.steps.terminated] < replay.steps.rewards.median()).any()
 
 

@@ -216,9 +216,9 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "caution, ended, well, good, charged, gamma, gae_lambda",
+    "caution, ended, latest, good, charged, gamma, gae_lambda",
     [
-        (0.0, 0.25, [], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
+        (0.0, 0.25, [False], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
         (1.0, 0.25, [False], 0.0, 0.25, 0.98222, 0.8),  # a quarter of the steps came to an end
         (1.0, 0.75, [False], 0.0, 0.75, 0.94377, 0.8),  # 1 - 0.1^(3/4) 0.01^(1/4)
         (1.0, 0.25, [False, True], 0.5, 0.5, 0.98222, 0.7),
@@ -228,57 +228,40 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
         (1.0, 0.0, [False, True], 0.5, 0.5, 0.99, 0.7),  # nothing ends any more
     ],
 )
-def test_the_schedule_follows_how_real_episodes_end(caution, ended, well, good, charged, gamma, gae_lambda):
+def test_the_schedule_follows_how_real_episodes_end(caution, ended, latest, good, charged, gamma, gae_lambda):
     s = Settings(action_repeat=1, caution=caution, gamma=0.9, good_gamma=0.99, gae_lambda=0.8, good_lambda=0.6, grounding=3.0)
-    found = Schedule.of(fates(ended, well, (0, 1)), s)
+    found = Schedule.of(fates(ended, latest, (0, 1)), s)
     assert found[:5] == pytest.approx((good, charged, gamma, gae_lambda, 3 * good), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "ended, well, finished, rates, stuck",
+    "ended, latest, rates, good, stuck",
     [
-        (0.0, [], [], (0, 1), False),  # an environment without endings
-        (0.0, [], [], (1, 1), True),
-        (0.0, [False] * 2 + [True] * 10, [True], (1, 1), False),  # nothing to shun: a pole that is balanced for good
-        (0.45, [False], [False], (0, 1), True),  # hovering
-        (0.55, [False], [False], (0, 1), False),
-        (0.1, [False, True], [False], (1, 0), False),
-        (0.1, [False] * 10, [True] + [False] * 9, (1, 0), False),  # one that was left had returned enough
-        (0.9, [False, False], [False], (0, 1), False),  # still learning how to crash
-        (0.9, [False, False], [False], (1, 1), True),
-        (0.9, [False, False], [False], (math.nan, 0), False),  # nothing to compare with yet
-        (0.0, [], [], (math.nan, 0), True),
-        (0.9, [True] + [False] * 9, [False], (1, 0), False),
-        (0.9, [True] + [False] * 10, [True] + [False] * 10, (1, 0), True),  # the latest ten
+        (0.0, [], (0, 1), 1.0, False),  # an environment without endings
+        (0.0, [], (1, 1), 0.0, True),
+        (0.0, [], (math.nan, 1), 0.0, True),
+        (0.0, [False] * 2 + [True] * 10, (1, 1), 1.0, False),  # nothing to shun: a pole that is balanced for good
+        (0.45, [False], (0, 1), 0.0, True),  # hovering
+        (0.55, [False], (0, 1), 0.0, False),
+        (0.1, [False, True], (1, 0), 0.5, False),
+        (0.9, [False, False], (0, 1), 0.0, False),  # still learning how to crash
+        (0.9, [False, False], (1, 1), 0.0, True),
+        (0.9, [False, False], (math.nan, 0), 0.0, False),  # nothing to compare with yet
+        (0.9, [True] + [False] * 9, (1, 0), 0.1, False),
+        (0.9, [True] + [False] * 10, (1, 0), 0.0, True),  # the latest ten
     ],
 )
-def test_an_agent_is_stuck_if_nothing_is_good_and_nothing_gets_better(ended, well, finished, rates, stuck):
-    schedule = Schedule.of(fates(ended, well, rates, asked=250, finished=finished), Settings(action_repeat=4).per_action())
-    assert schedule.stuck == stuck
+def test_an_agent_is_stuck_if_nothing_is_good_and_nothing_gets_better(ended, latest, rates, good, stuck):
+    schedule = Schedule.of(fates(ended, latest, rates, asked=250), Settings(action_repeat=4).per_action())
+    assert (schedule.good, schedule.stuck) == (pytest.approx(good), stuck)
 
 
-@pytest.mark.parametrize(
-    "well, finished, rates, fine",
-    [
-        ([True], [True, False, False, True], (1, 0), 0.5),
-        ([False], [False] + [True] * 10, (1, 0), 1.0),  # the latest ten
-        ([], [False], (0, 1), 1.0),  # an environment without endings
-        ([], [False], (1, 1), 0.0),
-        ([], [], (math.nan, 1), 0.0),
-    ],
-)
-def test_episodes_that_were_left_count_where_agents_are_outgrown(well, finished, rates, fine):
-    schedule = Schedule.of(fates(0.5, well, rates, finished=finished), Settings(action_repeat=1))
-    assert schedule.fine == fine
-
-
-def fates(ended: float, well: list, rates: tuple, asked: int = 1000, finished=(True,)):
-    """Stands in for a replay: how real episodes ended, and how the reward grew."""
+def fates(ended: float, latest: list, rates: tuple, asked: int = 1000):
+    """Stands in for a replay: how real episodes went, and how the reward grew."""
     return types.SimpleNamespace(
         share_ended=lambda latest: {asked: ended}[latest],
-        endings=lambda action_repeat: torch.tensor(well).bool(),
+        finished=lambda limit, action_repeat: {600 // action_repeat: torch.tensor(latest).bool()}[limit],
         reward_rates=lambda latest: {asked: rates}[latest],
-        finished=lambda limit, action_repeat: {600 // action_repeat: torch.tensor(finished).bool()}[limit],
     )
 
 
@@ -314,7 +297,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
         monkeypatch.setattr(ppo_mbrl, name, stand_in)
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
-    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, fine=0.0, stuck=False)
+    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, stuck=False)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, schedule, 2)
     assert len(given) == 2 and run.imagined_steps == 6
     assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
@@ -327,7 +310,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
 @pytest.mark.parametrize("stuck, reset_from, times", [(True, 0, [90, 120]), (True, 100, [90]), (False, 0, [])])
 def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, 1.0, stuck))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(1.0, 1.0, 0.9, 0.9, 0.0, stuck))
     left, leave = [], ppo_mbrl.Environments.leave
     monkeypatch.setattr(ppo_mbrl.Environments, "leave", lambda env: left.append(env.real_steps) or leave(env))
     assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from) == 0
@@ -341,7 +324,7 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
 
 
 @pytest.mark.parametrize(
-    "fine, reset_from, times",
+    "good, reset_from, times",
     [
         (0.0, 100, [120, 150]),
         (0.3, 90, [90, 150]),
@@ -352,7 +335,7 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
         (0.0, 0, []),
     ],
 )
-def test_model_and_agent_begin_anew_as_the_data_grows_until_episodes_are_good(fine, reset_from, times, tmp_path, monkeypatch):
+def test_model_and_agent_begin_anew_as_the_data_grows_until_episodes_are_good(good, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     did = []
 
@@ -360,7 +343,7 @@ def test_model_and_agent_begin_anew_as_the_data_grows_until_episodes_are_good(fi
         original = getattr(ppo_mbrl, name)
         monkeypatch.setattr(ppo_mbrl, name, lambda *given, **more: did.append(what(*given)) or original(*given, **more))
 
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.5, 1.0, 0.9, 0.9, 0.0, fine, False))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(good, 1.0, 0.9, 0.9, 0.0, False))
     told("gather", lambda run, *_: run.real_steps + 30)
     told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
     told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
@@ -915,18 +898,25 @@ def test_a_machine_without_git_trains(tmp_path, monkeypatch):
 
 
 def test_the_commit_is_noted_and_that_files_differ_from_it(tmp_path, monkeypatch):
+    commit = lambda: ppo_mbrl.surroundings(Settings())["commit"]  # noqa: E731
     git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-    script = tmp_path / "ppo_mbrl.py"
+    script = tmp_path / "kit" / "ppo_mbrl.py"
+    script.parent.mkdir()
     script.write_text("pass")
+    monkeypatch.setattr(ppo_mbrl, "__file__", str(script))
+    assert commit() is None  # no repository
     git("init")
+    assert commit() is None  # no commit
     git("add", ".")
     git("-c", "user.name=me", "-c", "user.email=me@example.org", "commit", "-m", "first")
-    git("tag", "v1")
-    monkeypatch.setattr(ppo_mbrl, "__file__", str(script))
+    (tmp_path / "notes.txt").write_text("beside the kit")
     head = git("rev-parse", "HEAD")
-    assert ppo_mbrl.surroundings(Settings())["commit"] == head
+    assert commit() == head and len(head) == 40
+    script.with_name("my_idea.py").write_text("a fork")
+    assert commit() == head + "-dirty"
+    script.with_name("my_idea.py").unlink()
     script.write_text("1 / 0")
-    assert ppo_mbrl.surroundings(Settings())["commit"] == head + "-dirty"
+    assert commit() == head + "-dirty"
 
 
 def test_what_cant_be_evaluated_is_told(tmp_path, monkeypatch, capsys):

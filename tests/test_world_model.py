@@ -934,17 +934,6 @@ def test_rewards_of_late_are_compared_with_those_of_as_many_steps_before():
     assert math.isnan(before) and now == 4.5
 
 
-def test_endings_say_in_order_whether_they_paid_at_least_what_a_usual_step_pays():
-    replay, rewards = Replay(2, 1, 10), torch.tensor([[0.1, -5], [0.1, 0.1], [0.1, 0.1], [0.1, 7]])
-    ended = torch.tensor([[0, 1], [0, 0], [1, 0], [0, 1]]).bool()
-    obs = torch.zeros(4, 2, 1)
-    replay.add(Rollout(obs[:1], torch.zeros(1, 2).long(), rewards[:1], obs[:1], ended[:1] & False, ended[:1] & False))
-    assert len(replay.endings(1)) == 0
-    replay = Replay(2, 1, 10)
-    replay.add(Rollout(obs, torch.zeros(4, 2).long(), rewards, obs, ended, torch.zeros(4, 2).bool()))
-    assert replay.endings(1).tolist() == [False, True, True]
-
-
 @settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.sampled_from(["goes on", "ends", "is cut"]), st.sampled_from([-3.0, 0.0, 3.0])), min_size=2, max_size=60),
@@ -974,4 +963,5 @@ def test_finished_episodes_are_good_if_their_ending_was_or_they_returned_as_much
             expected.append(last >= usual)
         elif length == limit:  # left there, and not where another agent began, or the environment's time was up
             expected.append(bool(paid) and returned >= paid[(len(paid) - 1) // 2])
-    assert replay.finished(limit, repeat).tolist() == expected
+    ever = any(fate == "ends" for fate, *_ in found)
+    assert replay.finished(limit, repeat).tolist() == (expected if ever else [])
