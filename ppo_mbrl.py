@@ -533,18 +533,20 @@ class Schedule(NamedTuple):
     end well, losses count in full and more, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
     """
 
-    good: float  # share of good ones among the latest ten episodes; where nothing has ever ended, 1 if the reward grows, else 0
+    good: float  # share of good ones among the latest ten episodes; 0 where nothing has ever ended
     caution: float  # so many times a negative reward at an ending is charged
     gamma: float
     gae_lambda: float
     grounding: float
-    stuck: bool  # none was good, and the reward does not grow, or most episodes come to no end for fear of bad ones
+    fine: float  # the same, but where nothing has ever ended 1 if the reward grows
+    stuck: bool  # nothing is fine, and the reward does not grow, or most episodes come to no end for fear of bad ones
 
     @classmethod
     def of(cls, replay: Replay, s: Settings) -> "Schedule":
         latest, steps = replay.finished(s.gather_limit, s.action_repeat)[-10:], math.ceil(1000 / s.action_repeat)
         ended, (before, now) = replay.share_ended(steps), replay.reward_rates(steps)
-        good = float(latest.float().mean()) if len(latest) else float(now > before)
+        good = float(latest.float().mean()) if len(latest) else 0.0
+        fine = good if len(latest) else float(now > before)
         sight = max(1 - ended, good)
         return cls(
             good=good,
@@ -552,13 +554,14 @@ class Schedule(NamedTuple):
             gamma=1 - (1 - s.gamma) ** (1 - sight) * (1 - s.good_gamma) ** sight,
             gae_lambda=s.gae_lambda + good * (s.good_lambda - s.gae_lambda),
             grounding=good * s.grounding,
-            stuck=good == 0 and (ended < 0.5 or now <= before),
+            fine=fine,
+            stuck=fine == 0 and (ended < 0.5 or now <= before),
         )
 
     def outgrown(self, steps: int, since: int) -> bool:
         """Whether too few of the latest episodes were good. At `since` steps a third is enough; the share needed grows with the data, for
         with more of it a new agent is expected to be better. Where all are good nothing is outgrown."""
-        return self.good < 1 - 2 / 3 * since / steps
+        return self.fine < 1 - 2 / 3 * since / steps
 
 
 def renew(optimizer: torch.optim.Optimizer, fresh: nn.Module):

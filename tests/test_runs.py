@@ -218,7 +218,7 @@ def test_dreams_and_updates_take_no_real_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "caution, ended, latest, good, charged, gamma, gae_lambda",
     [
-        (0.0, 0.25, [False], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
+        (0.0, 0.25, [], 0.0, 1.0, 0.98222, 0.8),  # endings count in full; 1 - 0.1^(1/4) 0.01^(3/4)
         (1.0, 0.25, [False], 0.0, 0.25, 0.98222, 0.8),  # a quarter of the steps came to an end
         (1.0, 0.75, [False], 0.0, 0.75, 0.94377, 0.8),  # 1 - 0.1^(3/4) 0.01^(1/4)
         (1.0, 0.25, [False, True], 0.5, 0.5, 0.98222, 0.7),
@@ -235,7 +235,7 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, latest, good
 
 
 @pytest.mark.parametrize(
-    "ended, latest, rates, good, stuck",
+    "ended, latest, rates, fine, stuck",
     [
         (0.0, [], (0, 1), 1.0, False),  # an environment without endings
         (0.0, [], (1, 1), 0.0, True),
@@ -251,9 +251,10 @@ def test_the_schedule_follows_how_real_episodes_end(caution, ended, latest, good
         (0.9, [True] + [False] * 10, (1, 0), 0.0, True),  # the latest ten
     ],
 )
-def test_an_agent_is_stuck_if_nothing_is_good_and_nothing_gets_better(ended, latest, rates, good, stuck):
+def test_an_agent_is_stuck_if_nothing_is_good_and_nothing_gets_better(ended, latest, rates, fine, stuck):
     schedule = Schedule.of(fates(ended, latest, rates, asked=250), Settings(action_repeat=4).per_action())
-    assert (schedule.good, schedule.stuck) == (pytest.approx(good), stuck)
+    assert (schedule.fine, schedule.stuck) == (pytest.approx(fine), stuck)
+    assert schedule.good == (schedule.fine if latest else 0)
 
 
 def fates(ended: float, latest: list, rates: tuple, asked: int = 1000):
@@ -297,7 +298,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
         monkeypatch.setattr(ppo_mbrl, name, stand_in)
     monkeypatch.setattr(ppo_mbrl, "Dream", lambda *_: types.SimpleNamespace(disagreement=0.0))
     run = types.SimpleNamespace(settings=Settings(), temperature=float, tick=None, imagined_steps=0)
-    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, stuck=False)
+    schedule = Schedule(good=0.0, caution=0.25, gamma=0.5, gae_lambda=0.6, grounding=grounding, fine=0.0, stuck=False)
     log = ppo_mbrl.dream_and_improve(run, None, None, None, replay, lambda rewards: rewards, schedule, 2)
     assert len(given) == 2 and run.imagined_steps == 6
     assert log["dream/return_mean"] == pytest.approx(-97 / 2)  # the log tells the whole loss
@@ -310,7 +311,7 @@ def test_dreams_charge_what_is_due_and_learn_as_the_schedule_says(grounding, mon
 @pytest.mark.parametrize("stuck, reset_from, times", [(True, 0, [90, 120]), (True, 100, [90]), (False, 0, [])])
 def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(1.0, 1.0, 0.9, 0.9, 0.0, stuck))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.0, 1.0, 0.9, 0.9, 0.0, 1.0, stuck))
     left, leave = [], ppo_mbrl.Environments.leave
     monkeypatch.setattr(ppo_mbrl.Environments, "leave", lambda env: left.append(env.real_steps) or leave(env))
     assert train(tmp_path, total_steps=180, renew_growth=0.4, reset_from=reset_from) == 0
@@ -324,7 +325,7 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
 
 
 @pytest.mark.parametrize(
-    "good, reset_from, times",
+    "fine, reset_from, times",
     [
         (0.0, 100, [120, 150]),
         (0.3, 90, [90, 150]),
@@ -335,7 +336,7 @@ def test_an_agent_that_is_stuck_begins_anew_whenever_the_data_has_grown(stuck, r
         (0.0, 0, []),
     ],
 )
-def test_model_and_agent_begin_anew_as_the_data_grows_until_episodes_are_good(good, reset_from, times, tmp_path, monkeypatch):
+def test_model_and_agent_begin_anew_as_the_data_grows_until_episodes_are_good(fine, reset_from, times, tmp_path, monkeypatch):
     in_brief(monkeypatch)
     did = []
 
@@ -343,7 +344,7 @@ def test_model_and_agent_begin_anew_as_the_data_grows_until_episodes_are_good(go
         original = getattr(ppo_mbrl, name)
         monkeypatch.setattr(ppo_mbrl, name, lambda *given, **more: did.append(what(*given)) or original(*given, **more))
 
-    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(good, 1.0, 0.9, 0.9, 0.0, False))
+    monkeypatch.setattr(Schedule, "of", lambda replay, s: Schedule(0.5, 1.0, 0.9, 0.9, 0.0, fine, False))
     told("gather", lambda run, *_: run.real_steps + 30)
     told("renew", lambda optimizer, fresh: f"{type(fresh).__name__} anew")
     told("fit", lambda model, optimizer, replay, updates, *_: f"fitted {updates} times")
