@@ -99,7 +99,7 @@ class Settings(ModelSettings):
     warmup_steps: int = setting(1000, "Real steps of uniformly random actions before the first fit.", 1, 10**9, "Gathering")
     gather_greedy: float = setting(0.75, "Share of an agent's real episodes that are greedy, the first among them; in the others actions are drawn.", 0, 1, "Exploring")
     gather_temperature: float = setting(1.0, "Temperature of the policy where it gathers data with drawn actions.", 1e-3, 1e3, "Exploring")
-    gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either.", 0, 10**9, "Exploring")
+    gather_limit: int = setting(600, "A real episode is left after so many real steps, for most of the rest is known by then; 0: never, and then no action is held either, and hovering does not count as failing.", 0, 10**9, "Exploring")
     gather_hold: int = setting(60, "From half of --gather-limit on, in greedy episodes only if the latest of that age was cut off, random actions are held, each for up to so many real steps, so that an agent that comes to no end learns what would end it; 0: never.", 0, 10**6, "Exploring")
 
     gae_lambda: float = setting(0.99, "Lambda of generalised advantage estimation, of a real step.", 0, 1, "PPO", ppo=0.98)
@@ -120,7 +120,7 @@ class Settings(ModelSettings):
     horizon: int = setting(600, "A dream is cut, and its value goes on, after so many real steps, and at the end of an iteration; 0 lets the held-out open-loop error decide.", 0, 10**6, "Dreams")
     horizon_max: int = setting(300, "Longest horizon the open-loop error may choose.", 1, 100_000, "Dreams")
     horizon_error: float = setting(5.0, "The horizon ends where the open-loop error exceeds this many standard deviations of a step's change.", 0, 1e9, "Dreams")
-    caution: float = setting(2.0, "Scale the negative reward of an ending, in dreams and where real steps ground the critic, by the larger of two: the share of recent real steps whose episode ended, and this many times the share of good ones among the latest ten; above 1 crashes cost more than in full. 0: in full.", 0, 1e6, "Dreams")
+    caution: float = setting(2.0, "Scale the negative reward of an ending, in dreams and where real steps ground the critic, by the larger of two: the share of recent real steps whose episode ended, and this many times the share of good ones among the latest ten episodes; above 1 crashes cost more than in full. 0: in full.", 0, 1e6, "Dreams")
     renew_growth: float = setting(0.25, "Each time the data has grown by this share, and could once more before the run ends, what fails begins anew: up to --reset-from the agent, from there on model and agent. 0: never.", 0, 1e9, "Dreams")
     reset_from: int = setting(4000, "From so many real steps on it is model and agent that begin anew (see --renew-growth), unless enough of the latest ten episodes that ended or were left were good: a third at first, 80 % when the data is 3.3 times as much. 0: always the agent alone.", 0, 10**9, "Dreams")
     reset_updates: int = setting(2000, "Gradient steps of a model that begins anew.", 1, 10_000_000, "Dreams")

@@ -943,6 +943,7 @@ def test_rewards_of_late_are_compared_with_those_of_as_many_steps_before():
 @example(  # the bad ending comes in the step after which the episode would have been left, and no less was returned than by good ones
     [("ends", 0.0), ("goes on", 0.0), ("ends", -3.0), ("goes on", -3.0), ("goes on", 0.0), ("ends", 0.0)], 1, 1
 )
+@example([("is cut", 0.0)] * 2, 1, 1)  # left, and nothing has ever ended
 def test_finished_episodes_are_good_if_their_ending_was_or_they_returned_as_much(steps, limit, repeat):
     steps = steps[: len(steps) // 2 * 2]  # of two environments
     fates, rewards = [[x[i] for x in steps] for i in (0, 1)]
