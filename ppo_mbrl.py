@@ -530,7 +530,8 @@ class Schedule(NamedTuple):
     """How PPO in dreams follows the fate of real episodes: first find a good ending, then make it safe.
 
     Where real episodes no longer end and none was good, as in hovering, endings lose their horror, and dreams dare what the data lacks. As they come to
-    end well, losses count in full and more, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that knows real episodes.
+    end well, losses count in full and more, the policy looks further ahead, and its advantages rest less on long dreams and more on a critic that
+    knows real episodes.
     """
 
     good: float  # share of good ones among the latest ten episodes; 0 where nothing has ever ended
@@ -539,7 +540,7 @@ class Schedule(NamedTuple):
     gae_lambda: float
     grounding: float
     fine: float  # the same, but where nothing has ever ended 1 if the reward grows
-    stuck: bool  # nothing is fine, and the reward does not grow, or most episodes come to no end for fear of bad ones
+    stuck: bool  # nothing is fine, and the reward does not grow, or most steps of late belong to episodes that come to no end for fear of bad ones
 
     @classmethod
     def of(cls, replay: Replay, s: Settings) -> "Schedule":
